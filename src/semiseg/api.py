@@ -1,0 +1,501 @@
+"""Train, evaluate, predict, compare and export from Python; the command line calls these and prints."""
+
+import shutil
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import yaml
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from semiseg import methods, parallel
+from semiseg.config import SECTIONS, Recipe, load_recipe, override, parse
+from semiseg.data.check import Report, class_pixels, contact_sheet, leaks
+from semiseg.data.check import check as check_data
+from semiseg.data.formats import read_image
+from semiseg.data.loader import first_step
+from semiseg.data.sampling import Phase, Stream
+from semiseg.data.splits import Data, find_root, load_data
+from semiseg.engine import compare as comparing
+from semiseg.engine import evaluate as evaluating
+from semiseg.engine.evaluate import Scores
+from semiseg.files import write_json, write_text
+from semiseg.engine.predict import Prediction, Predictor, predict_files
+from semiseg.engine.session import Session
+from semiseg.networks.factory import Build, NetworkConfig, OptimConfig
+from semiseg.networks.weights import read_model, save_model
+from semiseg.plan import plan
+from semiseg.types import InferenceConfig, InputError, Labelled, Options, nearest
+
+FREE = {("train", "workers"), ("train", "save_every"), ("train", "device")}
+"""Options that may change when a run goes on: the weights do not depend on them (the device: on one kind of machine)."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A trained model with its classes and preprocessing. `folder` holds the files; `results` what was measured, if it was."""
+
+    predictor: Predictor
+    folder: Path
+    card: Mapping[str, Any]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.predictor.classes
+
+    @property
+    def net(self) -> nn.Module:
+        """The network: image (B, N, H, W) -> logits (B, C, H, W).
+
+        Raises:
+            InputError: the model was loaded from an ONNX file.
+        """
+        if not isinstance(self.predictor.net, nn.Module):
+            raise InputError(f"{self.folder} is an ONNX model: it predicts and evaluates, but has no torch network.")
+        return self.predictor.net
+
+    def predict(self, image: str | Path | NDArray[np.generic]) -> Prediction:
+        """Predicts a file, or an array (H, W, N) uint8 or uint16: mask and confidence at its own size."""
+        if isinstance(image, str | Path):
+            image = read_image(Path(image), self.predictor.channels)
+        return self.predictor(image)
+
+
+if TYPE_CHECKING:
+    from semiseg.engine.export import Agreement
+
+# ---- training ----------------------------------------------------------------------------------------------------
+
+
+def train(
+    source: str | Path | Recipe | Mapping[str, Any],
+    out: str | Path,
+    method: str | None = None,
+    overrides: Iterable[str] = (),
+    hours: float = 1.0,
+    **options: Any,
+) -> Model:
+    """Trains, or goes on where the same call was stopped.
+
+    Args:
+        source: a recipe file, a folder of images and masks (a recipe is written for it first), or a recipe in Python.
+        out: the run folder.
+        method: a method's name; none: the recipe's, else FixMatch.
+        overrides: `section.key=value` texts, as on the command line.
+        hours: for a folder, how long the training may take on this machine.
+        options: any option by its plain name, such as `encoder="resnet50"` or `steps=20_000`.
+
+    Raises:
+        InputError: something that the user gave is wrong; nothing is written then.
+    """
+    out = Path(out)
+    texts = [
+        *([f"method={method}"] if method else []),
+        *overrides,
+        *(f"{_find(k)}={_text(v)}" for k, v in options.items()),
+    ]
+    recipe, base = _recipe(source, texts, out, hours)
+    return run(recipe, out, base)
+
+
+def _recipe(
+    source: str | Path | Recipe | Mapping[str, Any], overrides: list[str], out: Path, hours: float
+) -> tuple[Recipe, Path | None]:
+    if isinstance(source, Recipe):
+        return parse(override(source.dump(), overrides), "recipe"), None
+    if isinstance(source, Mapping):
+        return parse(override(source, overrides), "recipe"), None
+    path = Path(source)
+    if not path.is_dir():
+        return load_recipe(path, overrides), path.parent
+    # A folder: its recipe is written once, and an interrupted run goes on with the one that it began with.
+    stored = out / "recipe.yaml"
+    if stored.exists():
+        return load_recipe(stored, overrides), out
+    return parse(override(yaml.safe_load(plan(path, hours)), overrides), path), None
+
+
+def _find(option: str) -> str:
+    """`section.key` of an option's plain name."""
+    models = {section: Recipe.model_fields[section].annotation for section in SECTIONS if section != "method"}
+    places = [
+        s for s, m in models.items() if isinstance(m, type) and issubclass(m, Options) and option in m.model_fields
+    ]
+    if len(places) == 1:
+        return f"{places[0]}.{option}"
+    if places:
+        raise InputError(f"{option} stands in several sections: give it as overrides=['{places[0]}.{option}=...'].")
+    known = [name for m in models.values() if isinstance(m, type) and issubclass(m, Options) for name in m.model_fields]
+    raise InputError(f"{option} is no option; {nearest(option, known)}")
+
+
+def _text(value: object) -> str:
+    plain = list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
+    return yaml.safe_dump(plain, default_flow_style=True).strip().removesuffix("\n...")
+
+
+def run(recipe: Recipe, out: Path, base: Path | None = None) -> Model:
+    """Runs a recipe in the folder `out`; see `train`."""
+    parallel.world()
+    recipe, copies = _resolve(recipe, base)
+    stored = _check_folder(recipe, out)
+    if (out / "results.json").exists():
+        return load(out)
+    data = load_data(recipe.data)
+    if problems := leaks(data):
+        raise InputError(problems[0])
+    torch.set_num_threads(stored.train.threads)
+    device = parallel.device(recipe.train.device)
+    build = _build(recipe, data, device, base)
+    method = methods.find(recipe.method.name, base)(recipe.method.options, build)
+    if isinstance(method, nn.Module):
+        method.to(device)
+
+    _write_recipe(stored, out, copies)
+    for line in (*data.notes, *build.report):
+        print(line)
+    session = Session(out, recipe.train, recipe.evaluate, device)
+    net = method.fit(session, data)
+
+    split, rows = ("test", data.test) if len(data.test) else ("val", data.val)
+    results = _results(recipe, data, session, split if len(rows) else None)
+    card = _card(recipe, data)
+    save_model(out / "model", net.state_dict(), card)
+    if len(rows):
+        scores = evaluating.evaluate(net, rows, data, recipe.evaluate, device)
+        evaluating.save_scores(out / "results.npz", scores)
+        results |= {
+            "miou": scores.miou,
+            "per_class": scores.per_class,
+            "absent": list(scores.absent),
+            "images": len(rows),
+        }
+    write_json(out / "results.json", results)  # the last file: where it is, the run is finished
+    return load(out)
+
+
+def _resolve(recipe: Recipe, base: Path | None) -> tuple[Recipe, list[Path]]:
+    """Paths made absolute and the number of threads fixed; the second value are the user's own code files, which the run keeps."""
+    threads = recipe.train.threads or torch.get_num_threads()
+    data = recipe.data.model_copy(update={"root": str(find_root(recipe.data.root, base).resolve())})
+    network = recipe.network
+    if network.weights not in ("pretrained", "random"):
+        network = network.model_copy(update={"weights": str(find_root(network.weights, base).resolve())})
+    copies = []
+    for text in (recipe.method.name, recipe.network.name):
+        file = text.partition(":")[0]
+        if file.endswith(".py"):
+            copies.append((base or Path()) / file)
+    train_config = recipe.train.model_copy(update={"threads": threads})
+    return recipe.model_copy(update={"data": data, "network": network, "train": train_config}), copies
+
+
+def _check_folder(recipe: Recipe, out: Path) -> Recipe:
+    """The recipe with the number of threads that the run began with.
+
+    Raises:
+        InputError: the folder holds something else, or cannot be written.
+    """
+    stored = out / "recipe.yaml"
+    if stored.exists():
+        before = load_recipe(stored)
+        for section in SECTIONS:
+            old, new = before.dump()[section], recipe.dump()[section]
+            for key in old.keys() | new.keys():
+                if (section, key) in FREE | {("train", "threads")} or old.get(key) == new.get(key):
+                    continue
+                raise InputError(
+                    f"{out} holds a run with {section}.{key}={old.get(key)}, not {new.get(key)}: choose another --out, or remove that folder."
+                )
+        return before.model_copy(update={"train": recipe.train.model_copy(update={"threads": before.train.threads})})
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} holds something that is not a run: choose another --out.")
+    existing = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
+    try:
+        probe = existing / f".semiseg-{np.random.default_rng().integers(1 << 40)}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"{out} cannot be written ({error.strerror}): choose another --out.") from error
+    return recipe
+
+
+def _write_recipe(recipe: Recipe, out: Path, copies: list[Path]) -> None:
+    if (out / "recipe.yaml").exists():
+        return
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for path in copies:
+            shutil.copy(path, out / path.name)
+        head = f"# semiseg {version('semiseg')}, commit {_commit()}\n"
+        write_text(out / "recipe.yaml", head + yaml.safe_dump(recipe.dump(), sort_keys=False, default_flow_style=None))
+    except OSError as error:
+        raise InputError(f"{out} cannot be written ({error.strerror}): choose another --out.") from error
+
+
+def _commit() -> str:
+    """The commit of the source that runs, `none` outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "none"
+
+
+def _build(recipe: Recipe, data: Data, device: torch.device, base: Path | None) -> Build:
+    return Build(
+        classes=len(data.classes),
+        channels=recipe.data.channels,
+        config=recipe.network,
+        optim=recipe.optim,
+        seed=recipe.train.seed,
+        precision=torch.bfloat16 if recipe.train.precision == "bf16" else None,
+        channels_last=recipe.train.channels_last,
+        base=base,
+        device=device,
+        class_pixels=lambda: class_pixels(data),
+    )
+
+
+def _card(recipe: Recipe, data: Data) -> dict[str, Any]:
+    network = recipe.network.model_copy(update={"weights": "random"})
+    return {
+        "semiseg": version("semiseg"),
+        "network": network.model_dump(mode="json"),
+        "classes": list(data.classes),
+        "palette": [list(colour) for colour in data.palette],
+        "channels": recipe.data.channels,
+        "size": recipe.data.size,
+        "evaluate": recipe.evaluate.model_dump(mode="json"),
+        "precision": recipe.train.precision,
+    }
+
+
+def _results(recipe: Recipe, data: Data, session: Session, split: str | None) -> dict[str, Any]:
+    progress = session.progress()
+    chosen = f"best on val at step {int(progress.best['step'])}" if progress.best else "last step (there is no val)"
+    note = "the reported split also chose the checkpoint, so the number is optimistic" if split == "val" else None
+    return {
+        "split": split,
+        "family": data.family,
+        "note": note,
+        "method": recipe.method.name,
+        "seed": recipe.train.seed,
+        "split_seed": recipe.data.split_seed,
+        "labelled": len(data.labelled),
+        "unlabelled": len(data.unlabelled),
+        "remarks": list(data.notes),
+        "delivered": chosen,
+        "val_best": progress.best,
+        "val_last": progress.last,
+        "seconds": progress.seconds,
+        "peak_gb": progress.peak_gb,
+        "skipped": progress.skipped,
+    }
+
+
+# ---- using a model -----------------------------------------------------------------------------------------------
+
+
+def load(path: str | Path, device: str = "auto") -> Model:
+    """Loads a model from a run folder, a model folder, or an exported `.onnx` file with its `.json` beside it.
+
+    Raises:
+        InputError: there is no model.
+    """
+    path = Path(path)
+    place = parallel.device(device)
+    if path.suffix == ".onnx":
+        from semiseg.engine.export import onnx_network  # an optional extra
+
+        net, card, folder = onnx_network(path), _read_card(path.with_suffix(".json")), path
+    else:
+        folder = path / "model" if (path / "model").is_dir() else path
+        tensors, card = read_model(folder)
+        net = _network(card, tensors, place, folder.parent)
+    predictor = Predictor(
+        net=net,
+        classes=tuple(card["classes"]),
+        palette=tuple((c[0], c[1], c[2]) for c in card["palette"]),
+        channels=card["channels"],
+        size=tuple(card["size"]) if isinstance(card["size"], list) else card["size"],
+        inference=InferenceConfig(**card["evaluate"]),
+        device=place,
+    )
+    return Model(predictor, folder, card)
+
+
+def _read_card(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise InputError(
+            f"{path} is missing: it was written beside the ONNX file by `semiseg export`, keep the two together."
+        )
+    card: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return card
+
+
+def _network(card: Mapping[str, Any], tensors: dict[str, Tensor], device: torch.device, base: Path) -> nn.Module:
+    build = Build(
+        classes=len(card["classes"]),
+        channels=card["channels"],
+        config=NetworkConfig(**card["network"]),
+        optim=OptimConfig(),
+        seed=0,
+        precision=torch.bfloat16 if card["precision"] == "bf16" else None,
+        channels_last=False,
+        base=base,
+        device=device,
+    )
+    net = build.network()
+    net.load_state_dict(tensors)
+    return net.eval().to(device)
+
+
+def evaluate(model: Model | str | Path, data: str | Path | Data | None = None, split: str = "test") -> Scores:
+    """Scores a model on a split.
+
+    Args:
+        model: a model, or the path of one.
+        data: a recipe, a data folder, or loaded data; none: the data that the run was trained on.
+        split: train, val or test.
+
+    Raises:
+        InputError: the split is empty, or the classes are not the model's.
+    """
+    if not isinstance(model, Model):
+        model = load(model)
+    if data is None:
+        recipe = _run_folder(model) / "recipe.yaml"
+        if not recipe.exists():
+            raise InputError(f"{model.folder} does not lie in a run folder: name the data to evaluate on.")
+        data = recipe
+    if not isinstance(data, Data):
+        data = data_of(data)
+    splits = {"train": data.labelled, "val": data.val, "test": data.test}
+    if split not in splits:
+        raise InputError(f"split {split} is unknown; {nearest(split, splits)}")
+    if not len(splits[split]):
+        there = ", ".join(name for name, rows in splits.items() if len(rows))
+        raise InputError(f"{data.name} has no {split} split; it has {there}.")
+    if data.classes != model.classes:
+        raise InputError(
+            f"{data.name} has the classes {', '.join(data.classes)}, the model {', '.join(model.classes)}."
+        )
+    config = data.config.model_copy(update={"size": model.predictor.size, "channels": model.predictor.channels})
+    data = replace(data, config=config)
+    net = model.predictor.net
+    module = net if isinstance(net, nn.Module) else _AsModule(net)
+    return evaluating.evaluate(module, splits[split], data, model.predictor.inference, model.predictor.device)
+
+
+class _AsModule(nn.Module):
+    def __init__(self, function: evaluating.Network) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.function(image)
+
+
+def _run_folder(model: Model) -> Path:
+    return model.folder if model.folder.is_dir() and (model.folder / "recipe.yaml").exists() else model.folder.parent
+
+
+def data_of(source: str | Path, overrides: Iterable[str] = ()) -> Data:
+    """The data of a recipe, a run, or a folder.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    return _recipe_and_data(Path(source), overrides)[1]
+
+
+def _recipe_and_data(path: Path, overrides: Iterable[str]) -> tuple[Recipe, Data]:
+    if path.is_dir() and (path / "recipe.yaml").exists():
+        path = path / "recipe.yaml"
+    if path.is_dir():
+        recipe = parse(override(yaml.safe_load(plan(path)), overrides), path)
+    else:
+        recipe = load_recipe(path, overrides)
+    return recipe, load_data(recipe.data, path.parent)
+
+
+def check(source: str | Path, sheet: str | Path | None = None, overrides: Iterable[str] = ()) -> Report:
+    """Looks for what would spoil a run; see `data.check.check`.
+
+    Args:
+        source: a recipe, a run or a data folder.
+        sheet: where to draw a contact sheet of drawn training samples with their masks, if anywhere.
+
+    Raises:
+        InputError: the data cannot even be listed.
+    """
+    recipe, data = _recipe_and_data(Path(source), overrides)
+    report = check_data(data)
+    if sheet is not None and not report.problems:
+        train = recipe.train
+        streams = {"labelled": Stream(data.labelled, (Phase(train.crop, train.batch),))}
+        batch = first_step(streams, data, train.seed)["labelled"]
+        assert isinstance(batch, Labelled)
+        contact_sheet(batch.image, batch.mask, data.palette, Path(sheet), data.classes)
+    return report
+
+
+def predict(
+    model: Model | str | Path,
+    images: Sequence[str | Path],
+    out: str | Path,
+    confidence: bool = False,
+    overlay: bool = False,
+) -> tuple[int, int, dict[str, str]]:
+    """Writes masks for files and folders; see `engine.predict.predict_files`."""
+    if not isinstance(model, Model):
+        model = load(model)
+    return predict_files(model.predictor, [Path(image) for image in images], Path(out), confidence, overlay)
+
+
+def export(model: Model | str | Path, path: str | Path | None = None) -> tuple[Path, "Agreement"]:
+    """Writes the model as ONNX (float images in 0..1 to logits, any batch and size), runs it, and compares it with torch.
+
+    Returns:
+        the file, with a `.json` of classes and preprocessing beside it, and how well the two agree.
+
+    Raises:
+        InputError: the export extra is not installed.
+    """
+    if not isinstance(model, Model):
+        model = load(model)
+    from semiseg.engine.export import export_onnx  # an optional extra
+
+    path = Path(path) if path else model.folder / "model.onnx"
+    agreement = export_onnx(model.net, path, model.predictor.channels)
+    write_json(path.with_suffix(".json"), model.card)
+    return path, agreement
+
+
+def compare(runs: Sequence[str | Path]) -> list[comparing.Line]:
+    """One line for each recipe among the runs; runs that differ in their seeds only are one recipe's.
+
+    Raises:
+        InputError: a run is not finished.
+    """
+    found = []
+    for folder in map(Path, runs):
+        scores = evaluating.load_scores(folder / "results.npz")
+        recipe = load_recipe(folder / "recipe.yaml")
+        results = yaml.safe_load((folder / "results.json").read_text(encoding="utf-8"))
+        options = recipe.dump()
+        seeds = (options["train"].pop("seed"), options["data"].pop("split_seed"))
+        for section, key in FREE:
+            options[section].pop(key)
+        found.append(comparing.Run(folder.name, options, seeds, results, scores))
+    return comparing.compare(found)
+
+
+__all__ = ["Model", "check", "compare", "data_of", "evaluate", "export", "load", "predict", "run", "train"]

@@ -1,0 +1,153 @@
+"""From rows to batches. Item t of the data set is step t, so to resume is to start the range later, and workers cannot matter."""
+
+import signal
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from semiseg.data.cache import open_image, open_pair
+from semiseg.data.rows import Row
+from semiseg.data.sampling import Draw, Key, Stream, Timetable, draws
+from semiseg.data.splits import Data
+from semiseg.data.transforms import geometry
+from semiseg.types import VIEW, InputError, Labelled, Unlabelled
+
+MOST_SKIPPED = 100
+"""Unreadable unlabelled files in a row that end the run."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One step's batches by stream name, and the unlabelled files that could not be read, each with the reason."""
+
+    batches: dict[str, Labelled | Unlabelled]
+    skipped: dict[str, str]
+
+    def pin_memory(self) -> "Item":
+        return Item({name: batch.pin_memory() for name, batch in self.batches.items()}, self.skipped)
+
+
+class Steps(Dataset["Item | InputError"]):
+    """Item t holds the batches of step t, or what is wrong with its files: a worker would bury an exception in its own traceback."""
+
+    def __init__(self, streams: Mapping[str, Stream], timetable: Timetable, data: Data, seed: int) -> None:
+        self.streams, self.timetable, self.data, self.seed = dict(streams), timetable, data, seed
+
+    def __getitem__(self, step: int) -> Item | InputError:
+        try:
+            return self._item(step)
+        except InputError as error:
+            return error
+
+    def _item(self, step: int) -> Item:
+        batches: dict[str, Labelled | Unlabelled] = {}
+        skipped: dict[str, str] = {}
+        for name, stream in self.streams.items():
+            draw = draws(stream, self.timetable, name, self.seed, step)
+            batches[name] = self._labelled(stream, draw) if stream.labelled else self._unlabelled(stream, draw, skipped)
+        return Item(batches, skipped)
+
+    def _labelled(self, stream: Stream, draw: Draw) -> Labelled:
+        samples = []
+        for number, key in zip(draw.rows, draw.keys, strict=True):
+            image, mask = self._open_pair(stream.rows[int(number)])
+            samples.append(self._crop(image, mask, draw, np.random.default_rng(key)))
+        images, masks, valid = zip(*samples, strict=True)
+        return Labelled(_stack(images), torch.stack(masks), torch.stack(valid), torch.from_numpy(draw.rows))
+
+    def _unlabelled(self, stream: Stream, draw: Draw, skipped: dict[str, str]) -> Unlabelled:
+        samples, tables, rows = [], [], []
+        for number, key in zip(draw.rows, draw.keys, strict=True):
+            number, image = self._readable(stream, int(number), skipped)
+            rng = np.random.default_rng(key)
+            samples.append(self._crop(image, None, draw, rng))
+            tables.append(rng.random((stream.strong, len(VIEW)), dtype=np.float32))
+            rows.append(number)
+        images, _, valid = zip(*samples, strict=True)
+        return Unlabelled(
+            _stack(images),
+            torch.stack(valid),
+            torch.from_numpy(np.stack(tables)),
+            torch.from_numpy(draw.partners),
+            torch.tensor(rows),
+        )
+
+    def _readable(self, stream: Stream, number: int, skipped: dict[str, str]) -> tuple[int, Tensor]:
+        """The row, or the next one that can be read: the same for every run, whatever was read before."""
+        for offset in range(MOST_SKIPPED):
+            candidate = (number + offset) % len(stream.rows)
+            row = stream.rows[candidate]
+            try:
+                return candidate, self._open_image(row)
+            except InputError as error:
+                skipped[str(row.image)] = str(error)
+        raise InputError(
+            f"{row.image} and the {MOST_SKIPPED - 1} unlabelled images before it cannot be read: repair or remove them."
+        )
+
+    def _open_image(self, row: Row) -> Tensor:
+        config = self.data.config
+        return _channels_first(open_image(row, config.channels, config.size, config.cache))
+
+    def _open_pair(self, row: Row) -> tuple[Tensor, Tensor]:
+        config = self.data.config
+        image, mask = open_pair(row, config.channels, self.data.code, config.size, config.cache)
+        return _channels_first(image), torch.from_numpy(mask)
+
+    def _crop(
+        self, image: Tensor, mask: Tensor | None, draw: Draw, rng: np.random.Generator
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        config = self.data.config
+        return geometry(image, mask, draw.phase.crop, config.scale, config.flip, rng)
+
+
+def _channels_first(image: np.ndarray) -> Tensor:  # type: ignore[type-arg]
+    return torch.from_numpy(image).permute(2, 0, 1)
+
+
+def _stack(images: tuple[Tensor, ...]) -> Tensor:
+    """Stacks images of one depth; where 8 and 16 bit meet, 8 bit becomes 16 (white stays white)."""
+    if len({image.dtype for image in images}) > 1:
+        images = tuple(i if i.dtype == torch.uint16 else (i.to(torch.int32) * 257).to(torch.uint16) for i in images)
+    return torch.stack(images)
+
+
+def steps(dataset: Steps, start: int, workers: int, pin: bool) -> Iterator[Item]:
+    """The items from step `start` to the end, in order.
+
+    Raises:
+        InputError: a labelled file cannot be used, or too many unlabelled ones.
+    """
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=range(start, dataset.timetable.steps),  # type: ignore[arg-type]
+        num_workers=workers,
+        pin_memory=pin,
+        worker_init_fn=_quiet_worker if workers else None,
+        prefetch_factor=4 if workers else None,
+    )
+    for item in loader:
+        if isinstance(item, InputError):
+            raise item
+        yield item
+
+
+def first_step(streams: Mapping[str, Stream], data: Data, seed: int) -> dict[str, Labelled | Unlabelled]:
+    """The batches of step 0, to look at."""
+    stream = next(iter(streams.values()))
+    item = Steps(streams, Timetable(stream.phases, stream.phases[0].batch), data, seed)[0]
+    if isinstance(item, InputError):
+        raise item
+    return item.batches
+
+
+def _quiet_worker(_: int) -> None:
+    # Ctrl-C reaches the whole process group; the main process answers it and ends its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(1)

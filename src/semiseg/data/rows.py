@@ -1,0 +1,89 @@
+"""Pools of images as columns: a million rows cost some 60 MB, where a list of objects would cost gigabytes."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Self, overload
+
+import numpy as np
+from numpy.dtypes import StringDType
+from numpy.typing import NDArray
+
+Strings = NDArray[Any]
+"""An array whose dtype is StringDType."""
+
+
+class Row(NamedTuple):
+    """One image of a pool. `name` is its entry in the pool's image column; `mask` is None for an unlabelled image."""
+
+    image: Path
+    mask: Path | None
+    name: str
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """A pool of images, some or all with masks.
+
+    root: absolute folder, or "" where the columns hold absolute paths; image (n,) and mask (n,) StringDType: paths
+    relative to root with forward slashes, mask "" for none.
+    """
+
+    root: str
+    image: Strings
+    mask: Strings
+
+    def __post_init__(self) -> None:
+        assert self.image.shape == self.mask.shape and self.image.ndim == 1
+
+    @classmethod
+    def of(cls, root: Path | str, images: Iterable[str], masks: Iterable[str] | None = None) -> Self:
+        """Builds a pool from paths relative to `root`; without `masks` no row has one."""
+        image = np.fromiter(images, StringDType())
+        mask = np.zeros(len(image), StringDType()) if masks is None else np.fromiter(masks, StringDType())
+        return cls(str(root), image, mask)
+
+    def __len__(self) -> int:
+        return len(self.image)
+
+    @overload
+    def __getitem__(self, key: int | np.integer[Any]) -> Row: ...
+    @overload
+    def __getitem__(self, key: slice | NDArray[Any] | list[int]) -> Self: ...
+    def __getitem__(self, key: int | np.integer[Any] | slice | NDArray[Any] | list[int]) -> Row | Self:
+        """A number gives that Row; a slice, an index array or a boolean array gives the chosen Rows in that order."""
+        if isinstance(key, (int, np.integer)):
+            name, mask = self.image[key], self.mask[key]
+            return Row(Path(self.root, name), Path(self.root, mask) if mask else None, name)
+        index = np.array(key, np.intp) if isinstance(key, list) else key
+        return type(self)(self.root, self.image[index], self.mask[index])
+
+    def __iter__(self) -> Iterator[Row]:
+        return (self[index] for index in range(len(self)))
+
+    def __add__(self, other: "Rows") -> "Rows":
+        """One pool after the other; where the roots differ, the columns become absolute paths and the root ""."""
+        if self.root != other.root:
+            return self._absolute() + other._absolute()
+        columns = [np.concatenate(pair) for pair in ((self.image, other.image), (self.mask, other.mask))]
+        return Rows(self.root, *columns)
+
+    @property
+    def names(self) -> Strings:
+        """(n,) StringDType, what identifies a row: the image column."""
+        return self.image
+
+    @property
+    def masked(self) -> NDArray[np.bool_]:
+        """(n,) bool, True where the row has a mask."""
+        return np.not_equal(self.mask, "")
+
+    def without_masks(self) -> "Rows":
+        """The same images with no mask, so that none can be opened."""
+        return Rows(self.root, self.image, np.zeros(len(self), StringDType()))
+
+    def _absolute(self) -> "Rows":
+        if self.root == "":
+            return self
+        image, mask = ([Path(self.root, p).as_posix() if p else "" for p in c] for c in (self.image, self.mask))
+        return Rows.of("", image, mask)

@@ -1,0 +1,128 @@
+"""Which samples make up step t: a pure function of (seed, stream, step), so that nothing has to be restored at resume.
+
+Position p counts the samples of a stream from the start of the run; epoch p // n has one shuffled order of the pool's n rows.
+"""
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from semiseg.data.rows import Rows
+
+Key = tuple[int, int, int]
+"""(seed, stream, position): all chance of one sample comes from a generator seeded with it."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of the run, up to the share `until` of its samples, with its crop (H, W), batch over all processes and factor on the rate."""
+
+    crop: tuple[int, int]
+    batch: int
+    until: float = 1.0
+    rate: float = 1.0
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What a method asks for: a pool of rows, the phases, and the number of strong views a sample."""
+
+    rows: Rows
+    phases: tuple[Phase, ...]
+    strong: int = 0
+
+    @cached_property
+    def labelled(self) -> bool:
+        """Whether the rows come with masks; a pool is of one kind."""
+        masked = self.rows.mask != ""
+        assert masked.all() or not masked.any(), "a stream's rows have masks, or none has"
+        return bool(masked[0])
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The samples of one step: row numbers (B,), keys, each slot's mixing partner (B,), and the phase they belong to."""
+
+    rows: NDArray[np.int64]
+    keys: tuple[Key, ...]
+    partners: NDArray[np.int64]
+    phase: Phase
+
+
+class Timetable:
+    """Steps and samples of a run of `samples` samples in the given phases: a closed form, whatever the batches are."""
+
+    def __init__(self, phases: Sequence[Phase], samples: int) -> None:
+        shares = np.diff([0.0, *(phase.until for phase in phases)])
+        assert (shares > 0).all() and phases[-1].until == 1, "phases follow one another and end at 1"
+        self.phases = tuple(phases)
+        steps = [max(1, round(share * samples / phase.batch)) for share, phase in zip(shares, phases, strict=True)]
+        self.first_step = np.concatenate([[0], np.cumsum(steps)])
+        self.first_sample = np.concatenate([[0], np.cumsum([s * p.batch for s, p in zip(steps, phases, strict=True)])])
+        self.steps = int(self.first_step[-1])
+
+    def at(self, step: int) -> tuple[Phase, int]:
+        """The phase of a step, and the number of samples before it."""
+        i = int(np.searchsorted(self.first_step, step, side="right")) - 1
+        phase = self.phases[i]
+        return phase, int(self.first_sample[i] + (step - self.first_step[i]) * phase.batch)
+
+
+def mix_group(batch: int) -> int:
+    """Slots that mix among themselves: the largest of 4, 3, 2 that divides the batch, else the whole batch."""
+    return next((size for size in (4, 3, 2) if batch % size == 0), batch)
+
+
+def stream_number(name: str) -> int:
+    return zlib.crc32(name.encode())
+
+
+@lru_cache(maxsize=8)
+def epoch_order(rows: int, seed: int, stream: int, epoch: int) -> NDArray[np.int64]:
+    """One epoch's shuffled order of the pool.
+
+    It never begins with the row that ended the epoch before, so that neighbours in time are different rows wherever the pool has two.
+    """
+    if rows == 2:
+        epoch = 0  # any other order of two would repeat a row at the seam
+    order = np.random.default_rng((seed, stream, 0, epoch)).permutation(rows)
+    if epoch > 0 and order[0] == _last_row(rows, seed, stream, epoch - 1):
+        order[:2] = order[1::-1]
+    return order
+
+
+def _last_row(rows: int, seed: int, stream: int, epoch: int) -> int:
+    # The swap above moves the first two rows only, so with three rows or more the last one needs no recursion.
+    return int(np.random.default_rng((seed, stream, 0, epoch)).permutation(rows)[-1])
+
+
+def draws(stream: Stream, timetable: Timetable, name: str, seed: int, step: int) -> Draw:
+    """The global batch of a step."""
+    phase, start = timetable.at(step)
+    number, count = stream_number(name), len(stream.rows)
+    positions = np.arange(start, start + phase.batch)
+    rows = np.empty(phase.batch, dtype=np.int64)
+    for epoch in range(positions[0] // count, positions[-1] // count + 1):
+        inside = positions // count == epoch
+        rows[inside] = epoch_order(count, seed, number, epoch)[positions[inside] % count]
+    keys = tuple((seed, number, int(position)) for position in positions)
+    return Draw(rows, keys, _partners(rows, np.random.default_rng((seed, number, 1, step))), phase)
+
+
+def _partners(rows: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
+    """Each slot's partner: a roll inside its group by one drawn offset, moved on to the next slot that holds another row."""
+    batch = len(rows)
+    size = mix_group(batch)
+    if size == 1:
+        return np.zeros(1, dtype=np.int64)
+    slots = np.arange(batch)
+    first, inside = slots - slots % size, slots % size
+    offset = np.repeat(rng.integers(1, size, batch // size), size)
+    rolls = (offset[:, None] - 1 + np.arange(size - 1)) % (size - 1) + 1  # the drawn offset first, then the others
+    candidates = first[:, None] + (inside[:, None] + rolls) % size
+    other = rows[candidates] != rows[:, None]
+    return candidates[slots, other.argmax(1)]  # where no other row is there, argmax gives the drawn offset

@@ -1,0 +1,617 @@
+"""From a folder or a CSV on the disk to the pools of one run: labelled, unlabelled, val and test.
+
+Nothing is decoded here, except masks where the labelled images are drawn class-aware. The unlabelled pool's mask column
+is empty, also where masks exist, so that no later code can open one.
+"""
+
+import csv
+import hashlib
+import io
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from semiseg.data.formats import Colour, MaskCode, read_mask
+from semiseg.data.rows import Rows
+from semiseg.types import IGNORE, InputError, Options, Side
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".npy"})
+"""Files that are looked at, in lower case; others in a data folder are passed over."""
+
+Indices = NDArray[np.intp]
+
+_SPLITS = {name: name for name in ("train", "val", "test", "unlabelled")} | {"unlabeled": "unlabelled"}
+"""Names of splits as users write them, and as we do."""
+
+
+class DataConfig(Options):
+    """Where the data is, how its masks are coded, and how it is divided."""
+
+    root: str
+    """Folder (or CSV file): absolute, beside the recipe, or under $SEMISEG_DATA."""
+    format: Literal["folder", "splits", "camvid", "csv"] = "folder"
+    """folder: images/** and masks/**, paired by name. splits (camvid is the same): images/train/**, masks/train/**, and
+    val, test, unlabelled alike. csv: `root` is a file with the columns image, mask, split, and paths relative to it."""
+    classes: tuple[str, ...] | None = None
+    """Names in the order of the ids; none: classes.json in the data folder."""
+    values: dict[int, int] | None = None
+    """Raw mask value -> class id, or 255 to ignore; none: the values are the ids."""
+    ignore: tuple[int, ...] = ()
+    """Raw mask values of pixels that have no label, besides 255."""
+    channels: Side = 3
+    """Channels of an image as the network sees it."""
+    labelled: int | str | None = None
+    """A count, a share such as 1/8, a file of ids; none or all: every training image that has a mask."""
+    unlabelled: Literal["rest", "all", "none"] = "rest"
+    """rest: the training images that are not labelled; all: every training image. Masks of these are never opened."""
+    split: tuple[float, float, float] | None = None
+    """Shares of train, val and test among the images with a mask, where the data has no split of its own."""
+    folds: Annotated[int, Field(ge=2)] | None = None
+    """Parts of the images with a mask for cross-validation, where the data has no split of its own; there is no val."""
+    fold: Annotated[int, Field(ge=0)] = 0
+    """The part that is the test split."""
+    group: bool = False
+    """Keep images whose names differ in their last number only (frames of one video) in one split or fold."""
+    split_seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of split, folds and the draw of the labelled images."""
+    balanced: bool = False
+    """Draw the labelled images so that every class is among them if possible; opens all training masks to look."""
+    size: Side | tuple[Side, Side] | None = None
+    """Images are resized before the crops: (H, W) in px, or the longest side; scores stay at the masks' own size."""
+    scale: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.5, 2.0)
+    """Range of the factor on a training image's size."""
+    flip: bool = True
+    """Mirror half of the training images."""
+    cache: bool = True
+    """Keep resized images on the disk ($SEMISEG_CACHE, else ~/.cache/semiseg)."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        shares = self.split or (1, 0, 0)
+        if min(shares) < 0 or shares[0] == 0 or abs(sum(shares) - 1) > 1e-6:
+            raise ValueError(
+                "data.split must be three shares that add up to 1, such as [0.7, 0.1, 0.2], the first above 0"
+            )
+        if self.split is not None and self.folds is not None:
+            raise ValueError("data.split and data.folds exclude each other: remove one")
+        if self.group and self.split is None and self.folds is None:
+            raise ValueError("data.group needs data.split or data.folds: set one of them, or group to false")
+        if self.fold >= (self.folds or 1):
+            raise ValueError(f"data.fold must be from 0 to data.folds - 1, not {self.fold} of {self.folds}")
+        if isinstance(self.labelled, int) and self.labelled < 1:
+            raise ValueError("data.labelled must be at least 1")
+        if self.scale[0] > self.scale[1]:
+            raise ValueError(f"data.scale must be [smallest, largest], not {list(self.scale)}")
+        return self
+
+
+@dataclass(frozen=True)
+class Data:
+    """The pools of one run: `labelled`, `val` and `test` have masks in every row, `unlabelled` in none.
+
+    All but `labelled` may be empty.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    palette: tuple[Colour, ...]
+    code: MaskCode
+    config: DataConfig
+    labelled: Rows
+    unlabelled: Rows
+    val: Rows
+    test: Rows
+    family: str
+    """How the data is divided, in words: scores compare within one family only."""
+    notes: tuple[str, ...] = ()
+    """Remarks for the user, one sentence each."""
+
+
+def load_data(config: DataConfig, base: Path | None = None) -> Data:
+    """Finds the images, pairs them with masks by name, and draws the pools.
+
+    Args:
+        config: what to read and how to divide it.
+        base: folder beside which a relative `root` is looked for first (the recipe's); none: the working directory.
+
+    Raises:
+        InputError: nothing is there, nothing is labelled, or an option asks for what the data does not have.
+    """
+    root = find_root(config.root, base)
+    folder, name = (root.parent, root.stem) if config.format == "csv" else (root, root.name)
+    found = _READERS[config.format](root)
+    classes, palette, code = read_classes(config, folder)
+
+    found, divided = _divide(config, found)
+    if not len(found.train):
+        raise InputError(f"{root} has no training image: add some{_below(found.prefix)}.")
+    masked = np.flatnonzero(found.train.masked)
+    if not len(masked):
+        raise InputError(f"{root} has no labelled image: add masks{_below(found.prefix.replace('images', 'masks'))}.")
+    chosen, drawn = _choose(config, found, masked, code, [base or Path.cwd(), folder, *_shared_data()])
+    unlabelled = _unlabelled(config, found, chosen)
+    return Data(
+        name=name,
+        classes=classes,
+        palette=palette,
+        code=code,
+        config=config,
+        labelled=found.train[chosen],
+        unlabelled=unlabelled,
+        val=found.val,
+        test=found.test,
+        family=f"{name} {divided}, {drawn}",
+        notes=tuple(found.notes),
+    )
+
+
+def _below(prefix: str) -> str:
+    return f" below {prefix} (an image and its mask have the same name)" if prefix else " to the CSV"
+
+
+def find_root(root: str, base: Path | None) -> Path:
+    """The absolute path of `data.root`, looked for beside `base` (none: the working directory) and in $SEMISEG_DATA."""
+    return _find(root, [base or Path.cwd(), *_shared_data()], "data.root")
+
+
+def _shared_data() -> list[Path]:
+    return [Path(os.environ["SEMISEG_DATA"])] if os.environ.get("SEMISEG_DATA") else []
+
+
+def _find(text: str, places: Iterable[Path], option: str) -> Path:
+    # An absolute path swallows the place it is joined to.
+    candidates = dict.fromkeys(os.path.abspath(place / Path(text).expanduser()) for place in places)
+    for candidate in candidates:
+        if os.path.exists(candidate):
+            return Path(candidate)
+    raise InputError(f"{option} {text} is not there (looked for {' and '.join(candidates)}): correct the path.")
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read as UTF-8 text ({error}): name another file or save it anew.") from None
+
+
+# ------------------------------------------------------------------------------------------------------------- classes
+
+
+def read_classes(config: DataConfig, folder: Path) -> tuple[tuple[str, ...], tuple[Colour, ...], MaskCode]:
+    """Names, colours to draw with, and the code of the masks, from `data.classes` or else the folder's classes.json.
+
+    classes.json is {"classes": [names, or {"name": ..., "color": [r, g, b]}], "palette": [[r, g, b], ...],
+    "ignore_index": 255, "ignore_colors": [[r, g, b], ...]}, of which only "classes" is needed; further keys are passed
+    over. Colours of ignored pixels count in RGB masks.
+
+    Raises:
+        InputError: neither is there, or they contradict themselves.
+    """
+    path = folder / "classes.json"
+    if config.classes is not None:
+        file, source = _ClassFile(classes=config.classes), "data.classes"
+    elif path.is_file():
+        file, source = _class_file(path), str(path)
+    else:
+        raise InputError(f'{path} is missing: write {{"classes": ["background", ...]}} there, or set data.classes.')
+    names, colours = file.names(), file.colours()
+    if not 2 <= len(names) <= IGNORE:
+        raise InputError(f"{source} lists {len(names)} classes: list 2 to {IGNORE}, the background counted.")
+    if len(set(names)) < len(names):
+        twice = Counter(names).most_common(1)[0][0]
+        raise InputError(f"{source} lists the class {twice} more than once: give each class its own name.")
+    if colours and (len(colours) != len(names) or len(set(colours)) != len(names)):
+        raise InputError(f"{path} must give each of its {len(names)} classes a colour of its own, or none a colour.")
+    ignored = file.ignore_index
+    if config.values is None and 0 <= ignored < len(names):
+        raise InputError(f"{path} ignores {ignored}, which is also the class {names[ignored]}: set data.values.")
+    code = MaskCode(len(names), colours or None, _values(config, len(names), ignored), file.ignore_colors)
+    return names, colours or default_palette(len(names)), code
+
+
+_Byte = Annotated[int, Field(ge=0, le=255)]
+_Colour = tuple[_Byte, _Byte, _Byte]
+
+
+class _Class(BaseModel):
+    name: str
+    color: _Colour | None = None
+
+
+class _ClassFile(BaseModel):
+    classes: tuple[str | _Class, ...]
+    palette: tuple[_Colour, ...] = ()
+    ignore_index: int = IGNORE
+    ignore_colors: tuple[_Colour, ...] = ()
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(entry if isinstance(entry, str) else entry.name for entry in self.classes)
+
+    def colours(self) -> tuple[Colour, ...]:
+        """The palette, else the colours of those classes that have one."""
+        own = (entry.color for entry in self.classes if isinstance(entry, _Class))
+        return self.palette or tuple(colour for colour in own if colour is not None)
+
+
+def _class_file(path: Path) -> _ClassFile:
+    try:
+        return _ClassFile.model_validate_json(_text(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise InputError(f"{path}: {where}{': ' * bool(where)}{first['msg']}; correct it.") from None
+
+
+def _values(config: DataConfig, classes: int, ignored: int) -> tuple[tuple[int, int], ...] | None:
+    """Raw value -> id pairs, or none where the values are the ids and 255 alone is ignored."""
+    if config.values is None and not config.ignore and ignored == IGNORE:
+        return None
+    ids = {i: i for i in range(classes)} if config.values is None else config.values
+    raw = ({ignored} if ignored >= 0 else set()) - ids.keys() | set(config.ignore)  # -1 is no value a file can hold
+    return tuple(sorted((ids | dict.fromkeys(raw, IGNORE)).items()))
+
+
+def default_palette(classes: int) -> tuple[Colour, ...]:
+    """Pascal VOC's colours: the bits of the id spread over red, green and blue; class 0 is black."""
+    ids = np.arange(classes)
+    colours = np.zeros((classes, 3), dtype=np.int64)
+    for bit in range(8):
+        colours |= (ids[:, None] >> (3 * bit + np.arange(3)) & 1) << (7 - bit)
+    return tuple((int(r), int(g), int(b)) for r, g, b in colours)
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What is on the disk: `train` with and without masks, and the splits that the data itself has."""
+
+    train: Rows
+    extra: Rows
+    """Unlabelled images that are outside the training split."""
+    val: Rows
+    test: Rows
+    own: tuple[str, ...]
+    """The data's own splits, where it has any."""
+    prefix: str
+    """What the training images' paths begin with."""
+    notes: list[str] = field(default_factory=list)
+
+
+def stem(path: str) -> str:
+    """A relative path without its image suffix: what an image and its mask have in common."""
+    head, suffix = os.path.splitext(path)
+    return head if suffix.lower() in IMAGE_SUFFIXES else path
+
+
+def _files(folder: Path) -> dict[str, str]:
+    """Relative paths of the image files below a folder by their stems, sorted; hidden ones are left out."""
+    files: list[tuple[str, str]] = []
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        inside = os.path.relpath(place, folder).replace(os.sep, "/")
+        start = "" if inside == "." else inside + "/"
+        for name in names:
+            head, suffix = os.path.splitext(name)
+            if suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
+                files.append((start + head, start + name))
+    files.sort()
+    by_stem = dict(files)
+    if len(by_stem) < len(files):
+        first, second = next((a, b) for (x, a), (y, b) in pairwise(files) if x == y)
+        raise InputError(f"{folder} has both {first} and {second}, whose masks would be the same: rename one.")
+    return by_stem
+
+
+def _pairs(root: Path, split: str, notes: list[str]) -> Rows:
+    """The images of images/SPLIT, each with the mask of the same stem in masks/SPLIT or none."""
+    places = [f"{kind}/{split}".rstrip("/") for kind in ("images", "masks")]
+    images, masks = (_files(root / place) for place in places)
+    alone = [path for key, path in masks.items() if key not in images]
+    if masks and len(alone) == len(masks):
+        image = next(iter(images.values()), "none")
+        raise InputError(f"{root / places[1]} has no mask named like an image ({alone[0]}, but {image}): rename them.")
+    for key, path in masks.items():
+        if key in images and path.lower().endswith((".jpg", ".jpeg")):
+            raise InputError(f"{root / places[1] / path} is a JPEG, which changes class ids: save masks as PNG.")
+    if alone:
+        notes.append(f"{places[1]} has masks that belong to no image and are left out ({some(alone)}).")
+    column = [f"{places[1]}/{masks[key]}" if key in masks else "" for key in images]
+    return Rows.of(root, [f"{places[0]}/{path}" for path in images.values()], column)
+
+
+def _read_folder(root: Path) -> _Found:
+    _need_folder(root, "name a folder, or set data.format: csv")
+    _need_folder(root / "images", "put the images there, and masks of the same names into masks")
+    if (root / "images/train").is_dir():
+        raise InputError(f"{root / 'images'} is divided into train and other splits: set data.format: splits.")
+    notes: list[str] = []
+    train, none = _pairs(root, "", notes), Rows.of(root, ())
+    return _Found(train, none, none, none, (), "images/", notes)
+
+
+def _read_splits(root: Path) -> _Found:
+    _need_folder(root, "name a folder, or set data.format: csv")
+    _need_folder(root / "images/train", "put training images there, or set data.format: folder if there is no split")
+    notes: list[str] = []
+    folders = sorted(entry.name for entry in os.scandir(root / "images") if entry.is_dir())
+    unknown = [name for name in folders if name not in _SPLITS and not name.startswith(".")]
+    if unknown:
+        notes.append(f"images/{unknown[0]} is not read: the splits are called train, val, test and unlabelled.")
+    none = Rows.of(root, ())
+    parts = {name: _pairs(root, name, notes) if name in folders else none for name in ("train", "val", "test")}
+    val, test = (_masked(parts[name], f"images/{name}", notes) for name in ("val", "test"))
+    alike = [f"images/{name}" for name in folders if name in ("unlabelled", "unlabeled")]
+    extra = Rows.of(root, (f"{place}/{path}" for place in alike for path in _files(root / place).values()))
+    return _Found(parts["train"], extra, val, test, _own(val, test), "images/train/", notes)
+
+
+def _own(val: Rows, test: Rows) -> tuple[str, ...]:
+    return ("train", *(name for name, rows in (("val", val), ("test", test)) if len(rows)))
+
+
+def _masked(rows: Rows, where: str, notes: list[str]) -> Rows:
+    """The rows that have a mask; the others cannot be scored."""
+    without = rows[~rows.masked]
+    if len(without):
+        notes.append(f"{where} has images without a mask, which are left out ({some(without.image)}).")
+    return rows[rows.masked]
+
+
+def _read_csv(path: Path) -> _Found:
+    if not path.is_file():
+        raise InputError(f"data.root: {path} is not a file: name the CSV file where data.format is csv.")
+    images: dict[str, list[str]] = {name: [] for name in ("", *_SPLITS.values())}
+    masks: dict[str, list[str]] = {name: [] for name in images}
+    reader = csv.reader(io.StringIO(_text(path), newline=""))
+    header = [name.strip() for name in next(reader, [])]
+    if "image" not in header or not set(header) <= set(_COLUMNS):
+        raise InputError(f"{path} has the columns {header}: they are image, and as needed mask and split.")
+    for cells in reader:
+        line = dict.fromkeys(_COLUMNS, "") | {name: cell.strip() for name, cell in zip(header, cells, strict=False)}
+        image, mask, split = (line[name] for name in _COLUMNS)
+        split = _SPLITS[split] if split in _SPLITS else split
+        _check_line(f"{path}, line {reader.line_num},", path.parent, image, mask, split)
+        images[split].append(image)
+        masks[split].append(mask)
+    rows = {name: Rows.of(path.parent, images[name], masks[name]) for name in images}
+    val, test = rows["val"], rows["test"]
+    own = _own(val, test) if len(rows["train"]) + len(val) + len(test) else ()
+    return _Found(rows[""] + rows["train"], rows["unlabelled"].without_masks(), val, test, own, "")
+
+
+_COLUMNS = ("image", "mask", "split")
+_READERS = {"folder": _read_folder, "splits": _read_splits, "camvid": _read_splits, "csv": _read_csv}
+
+
+def _check_line(where: str, folder: Path, image: str, mask: str, split: str) -> None:
+    if not image:
+        raise InputError(f"{where} names no image: fill the column image or remove the line.")
+    if split and split not in _SPLITS:
+        raise InputError(f"{where} has the split {split}: write train, val, test or unlabelled, or leave it empty.")
+    if split in ("val", "test") and not mask:
+        raise InputError(f"{where} puts an image without a mask into {split}: name its mask or remove the line.")
+    for name in filter(None, (image, mask)):
+        if not os.path.isfile(os.path.join(folder, name)):
+            raise InputError(f"{where} names {name}, which is not in {folder}: correct the path.")
+
+
+def _need_folder(path: Path, advice: str) -> None:
+    if not path.is_dir():
+        raise InputError(f"{path} is not a folder: {advice}.")
+
+
+def some(names: Sequence[str] | NDArray[Any]) -> str:
+    """How many, and the first three: `4: a, b, c, ...`."""
+    return f"{len(names)}: {', '.join(names[:3])}{', ...' * (len(names) > 3)}"
+
+
+# ------------------------------------------------------------------------------------------------------------ dividing
+
+
+def _divide(config: DataConfig, found: _Found) -> tuple[_Found, str]:
+    """The same with images held out as the options ask, and how in words."""
+    option = "split" if config.split is not None else "folds" if config.folds is not None else None
+    if found.own and option:
+        raise InputError(
+            f"data.{option} is set, but the data is divided into {'/'.join(found.own)}: remove the option."
+        )
+    if option:
+        return _draw_division(config, found)
+    if not len(found.val) and not len(found.test):
+        way = "put some into val or test" if found.own else "set data.split or data.folds"
+        found.notes.append(f"No image is held out, so that no score can be given: {way}.")
+    return found, f"official {'/'.join(found.own)}" if found.own else "undivided"
+
+
+def _draw_division(config: DataConfig, found: _Found) -> tuple[_Found, str]:
+    rows = found.train
+    names = [stem(path) for path in rows.image.tolist()]
+    groups = np.array(prefixes(names) if config.group else names, dtype=np.dtypes.StringDType())
+    masked = rows.masked
+    if config.folds is not None:
+        units = len(np.unique(groups[masked]))
+        if units < config.folds:
+            what = "groups of names" if config.group else "images with a mask"
+            raise InputError(f"data.folds is {config.folds}, but there are {units} {what}: ask for fewer folds.")
+        part = assign(groups[masked], [1 / config.folds] * config.folds, config.split_seed)
+        part = np.where(part == config.fold, _TEST, 0)
+        words = f"fold {config.fold} of {config.folds}"
+    else:
+        assert config.split is not None
+        part = assign(groups[masked], config.split, config.split_seed)
+        for name, share, count in zip(
+            ("train", "val", "test"), config.split, np.bincount(part, minlength=3), strict=True
+        ):
+            if share > 0 and count == 0:
+                raise InputError(
+                    f"data.split leaves {name} empty for want of {'groups' if config.group else 'images'}: change it."
+                )
+        words = f"split {'/'.join(f'{share:g}' for share in config.split)}"
+
+    where = np.zeros(len(rows), dtype=np.intp)
+    where[masked] = part
+    outside = ~masked & np.isin(groups, groups[where > 0])
+    if outside.any():
+        where[outside] = -1
+        found.notes.append(f"Unlabelled images of held-out groups are not used ({some(rows[outside].image)}).")
+    train, val, test = (rows[where == i] for i in range(3))
+    words += f" drawn with seed {config.split_seed}{' by name prefix' * config.group}"
+    return replace(found, train=train, val=val, test=test), words
+
+
+_TEST = 2
+"""Number of the test part, after train and val."""
+
+
+def assign(groups: NDArray[Any], shares: Sequence[float], seed: int) -> Indices:
+    """Gives each group to one part, so that the parts come close to their shares of the images.
+
+    Groups are shuffled, then taken largest first, each by the part that lacks the most images.
+
+    Args:
+        groups: (n,) the group of each image.
+        shares: of the parts; they add up to 1.
+
+    Returns:
+        (n,) the part of each image.
+    """
+    _, group, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    order = np.random.default_rng((seed, 1)).permutation(len(sizes))
+    order = order[np.argsort(-sizes[order], kind="stable")]
+    lacking = np.array(shares) * len(groups)
+    part = np.empty(len(sizes), dtype=np.intp)
+    for i in order:
+        part[i] = np.argmax(lacking)
+        lacking[part[i]] -= sizes[i]
+    return part[group]
+
+
+def prefixes(names: Sequence[str]) -> tuple[str, ...]:
+    """Names without their last number and the separators before it: frames of one video share theirs.
+
+    `0016E5_00450.jpg` gives `0016E5`, `drive/000012` gives `drive`; a name that ends in a letter is its own prefix.
+    """
+    return tuple(re.sub(r"[-_./ ]*\d*$", "", stem(name)) for name in names)
+
+
+def looks_like_sequences(names: Sequence[str], folds: int) -> bool:
+    """Whether the prefixes can serve as groups: at least `folds` different ones, and at most half as many as names."""
+    return folds <= len(set(prefixes(names))) <= len(names) / 2
+
+
+# ------------------------------------------------------------------------------------------------------------- drawing
+
+
+def _choose(
+    config: DataConfig, found: _Found, masked: Indices, code: MaskCode, places: Iterable[Path]
+) -> tuple[Indices, str]:
+    """The labelled rows among the `masked` training rows, in the pool's order, and how they came about in words."""
+    wanted, have = config.labelled, len(masked)
+    if wanted is None or wanted == "all":
+        return masked, f"all {have} labelled"
+    if isinstance(wanted, str):
+        share = _share(wanted)
+        if share is None:
+            return _listed(_find(wanted, places, "data.labelled"), found, masked)
+        wanted = max(1, int(share * have + Fraction(1, 2)))
+    if wanted > have:
+        raise InputError(f"data.labelled asks for {wanted} images, but {have} training images have a mask: lower it.")
+    order = np.random.default_rng(config.split_seed).permutation(have)
+    if config.balanced:
+        order = _rare_first(order, _present(found.train[masked], code))
+    words = f"{wanted} of {have} labelled drawn{' class-aware' * config.balanced} with seed {config.split_seed}"
+    return np.sort(masked[order[:wanted]]), words
+
+
+def _share(text: str) -> Fraction | None:
+    """The share that a text such as 1/8 or 0.125 means; none: it is no share."""
+    if not re.fullmatch(r"\d+ */ *\d+|\d*\.\d+", text):
+        return None
+    above, _, below = text.partition("/")
+    if int(below or 1) == 0 or not 0 < Fraction(above.strip()) <= int(below or 1):
+        raise InputError(f"data.labelled is {text}: a share is above 0 and at most 1, such as 1/8.")
+    return Fraction(above.strip()) / int(below or 1)
+
+
+def _listed(path: Path, found: _Found, masked: Indices) -> tuple[Indices, str]:
+    """The rows that an id file names: one id, image path, or image and mask path a line."""
+    lines = [line.strip() for line in _text(path).splitlines() if line.strip()]
+    if not lines:
+        raise InputError(f"{path} names no image: write one id a line, or set data.labelled to a count or a share.")
+    names = [stem(name) for name in found.train[masked].image.tolist()]
+    by_name = _by_name(names, found.prefix)
+    positions = [_look_up(line, by_name) for line in lines]
+    missing = [line for line, position in zip(lines, positions, strict=True) if position is None]
+    if missing:
+        raise InputError(f"{path} names images that are no training images with a mask ({some(missing)}): remove them.")
+    if _AMBIGUOUS in positions:
+        line = lines[positions.index(_AMBIGUOUS)]
+        raise InputError(f"{path} names {line}, as several training images are called: write their paths.")
+    chosen = np.unique(np.array(positions, dtype=np.intp))
+    digest = hashlib.sha256("\n".join(names[position] for position in chosen).encode()).hexdigest()[:8]
+    return masked[chosen], f"{len(chosen)} of {len(masked)} labelled listed in {path.name} (sha256 {digest})"
+
+
+_AMBIGUOUS = -1
+
+
+def _by_name(names: Sequence[str], prefix: str) -> dict[str, int]:
+    """Positions by last name, by path below `prefix` and by whole path, where later ones win."""
+    last: dict[str, int] = {}
+    for position, name in enumerate(names):
+        key = name.rpartition("/")[2]
+        last[key] = _AMBIGUOUS if key in last else position
+    below = {name.removeprefix(prefix): position for position, name in enumerate(names)}
+    return last | below | {name: position for position, name in enumerate(names)}
+
+
+def _look_up(line: str, by_name: dict[str, int]) -> int | None:
+    """The position that a line of an id file means: the whole line, as names may hold spaces, or its first word."""
+    first = stem(line.split(maxsplit=1)[0])
+    keys = (stem(line), first, first.rpartition("/")[2])
+    return next((by_name[key] for key in keys if key in by_name), None)
+
+
+def _present(rows: Rows, code: MaskCode) -> NDArray[np.bool_]:
+    """(n, classes) whether each row's mask shows each class."""
+
+    def classes(path: Path) -> NDArray[np.bool_]:
+        return np.bincount(read_mask(path, code).ravel(), minlength=IGNORE + 1)[: code.classes] > 0
+
+    with ThreadPoolExecutor() as pool:
+        return np.stack(list(pool.map(classes, [Path(rows.root, mask) for mask in rows.mask.tolist()])))
+
+
+def _rare_first(order: Indices, present: NDArray[np.bool_]) -> Indices:
+    """The order, with those moved to the front that show a class, rarest first, which none before shows."""
+    images = present.sum(0)
+    front: list[int] = []
+    for c in np.argsort(images, kind="stable"):
+        if images[c] and not present[front, c].any():
+            front.append(int(order[np.argmax(present[order, c])]))
+    return np.concatenate([np.array(front, dtype=np.intp), order[~np.isin(order, front)]])
+
+
+def _unlabelled(config: DataConfig, found: _Found, chosen: Indices) -> Rows:
+    """The rows of the unlabelled pool, their masks out of reach."""
+    if config.unlabelled == "none":
+        return found.extra[:0]
+    rest = np.setdiff1d(np.arange(len(found.train)), chosen, assume_unique=True)
+    nothing_left = len(rest) + len(found.extra) == 0
+    if config.unlabelled == "rest" and nothing_left:
+        found.notes.append("Every training image is labelled, so that all of them are the unlabelled images too.")
+    train = found.train if config.unlabelled == "all" or nothing_left else found.train[rest]
+    return (train + found.extra).without_masks()

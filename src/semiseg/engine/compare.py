@@ -1,0 +1,172 @@
+"""Runs side by side: mean and spread over seeds, paired differences with intervals."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import stats
+
+from semiseg.engine.evaluate import Scores
+from semiseg.ops.metrics import iou
+
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its options without seeds, its seeds, `results.json` and the scores behind it."""
+
+    name: str
+    options: Mapping[str, Any]
+    seeds: tuple[int, int]
+    results: Mapping[str, Any]
+    scores: Scores
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the table: the runs of one recipe. mIoU in per cent; differences are to the first line."""
+
+    label: str
+    split: str
+    family: str
+    runs: int
+    miou: float
+    spread: float | None
+    """Standard deviation over the runs; none for one run."""
+    difference: float | None
+    interval: tuple[float, float] | None
+    """95 % interval of the difference."""
+    covers: str | None
+    """What the interval covers: `training` (paired over seeds) or `images` (one pair of runs, the split resampled)."""
+    minutes: float
+    peak_gb: float
+
+
+def compare(runs: Sequence[Run]) -> list[Line]:
+    """Groups runs that differ in their seeds only; the first run's group is what the others are compared with."""
+    groups: list[list[Run]] = []
+    for run in runs:
+        group = next((g for g in groups if g[0].options == run.options), None)
+        if group is None:
+            groups.append([run])
+        else:
+            group.append(run)
+    labels = _labels([group[0] for group in groups])
+    return [_line(label, group, groups[0]) for label, group in zip(labels, groups, strict=True)]
+
+
+def _line(label: str, group: list[Run], first: list[Run]) -> Line:
+    values = np.array([100 * run.scores.miou for run in group])
+    split, family = group[0].results["split"], group[0].results["family"]
+    difference = interval = covers = None
+    comparable = split == first[0].results["split"] and group[0].scores.classes == first[0].scores.classes
+    if group is not first and comparable:
+        by_seed = {run.seeds: run for run in first}
+        pairs = [(run, by_seed[run.seeds]) for run in group if run.seeds in by_seed]
+        changes = np.array([100 * (a.scores.miou - b.scores.miou) for a, b in pairs])
+        if len(pairs) > 1:
+            difference, covers = float(changes.mean()), "training"
+            half = float(stats.t.ppf(0.975, len(pairs) - 1) * changes.std(ddof=1) / np.sqrt(len(pairs)))
+            interval = (difference - half, difference + half)
+        elif len(pairs) == 1:
+            difference = float(changes[0])
+            if pairs[0][0].scores.names == pairs[0][1].scores.names:
+                interval, covers = _over_images(pairs[0][0].scores, pairs[0][1].scores), "images"
+    return Line(
+        label=label,
+        split=split,
+        family=family,
+        runs=len(group),
+        miou=float(values.mean()),
+        spread=float(values.std(ddof=1)) if len(values) > 1 else None,
+        difference=difference,
+        interval=interval,
+        covers=covers,
+        minutes=float(np.mean([run.results["seconds"] / 60 for run in group])),
+        peak_gb=max(run.results["peak_gb"] for run in group),
+    )
+
+
+def _over_images(a: Scores, b: Scores) -> tuple[float, float]:
+    """95 % interval of the difference in mIoU (per cent) when the split's images are drawn again, both runs on the same draw."""
+    rng = np.random.default_rng(0)
+    weights = rng.multinomial(len(a.names), np.full(len(a.names), 1 / len(a.names)), size=RESAMPLES)
+    changes = 100 * (_mious(a.confusions, weights) - _mious(b.confusions, weights))
+    low, high = np.percentile(changes, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _mious(confusions: NDArray[np.int64], weights: NDArray[np.int64]) -> NDArray[np.float64]:
+    classes = confusions.shape[1]
+    totals = (weights @ confusions.reshape(len(confusions), -1)).reshape(len(weights), classes, classes)
+    values: NDArray[np.float64] = np.nanmean(iou(torch.from_numpy(totals)).numpy(), axis=1)
+    return values
+
+
+def _labels(runs: list[Run]) -> list[str]:
+    """The method's name, with the options in which runs of the same method differ."""
+    flat = [_flat(run.options) for run in runs]
+    differing = {key for options in flat for key in options if any(o.get(key) != options[key] for o in flat)}
+    labels = []
+    for options in flat:
+        same = [o for o in flat if o["method.name"] == options["method.name"]]
+        shown = [
+            k
+            for k in sorted(differing)
+            if not k.startswith("method.name") and any(o.get(k) != options.get(k) for o in same)
+        ]
+        labels.append(" ".join([options["method.name"], *(f"{key}={options[key]}" for key in shown if key in options)]))
+    return labels
+
+
+def _flat(options: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in options.items():
+        result |= _flat(value, f"{before}{key}.") if isinstance(value, Mapping) else {before + key: value}
+    return result
+
+
+def as_markdown(lines: Sequence[Line]) -> str:
+    """The table for a README or a terminal."""
+    rows = [["runs of", "n", "split", "mIoU", "spread", "difference", "95 % interval", "minutes", "GB"]]
+    for line in lines:
+        interval = f"{line.interval[0]:+.2f} .. {line.interval[1]:+.2f} ({line.covers})" if line.interval else ""
+        rows.append(
+            [
+                line.label,
+                str(line.runs),
+                line.split,
+                f"{line.miou:.2f}",
+                "" if line.spread is None else f"{line.spread:.2f}",
+                "" if line.difference is None else f"{line.difference:+.2f}",
+                interval,
+                f"{line.minutes:.1f}",
+                f"{line.peak_gb:.2f}",
+            ]
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    text = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
+    text.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    families = sorted({line.family for line in lines})
+    text += [
+        "",
+        "Split: " + families[0] + "."
+        if len(families) == 1
+        else "These splits differ, so the numbers do not compare: " + "; ".join(families) + ".",
+    ]
+    if any(line.covers == "images" for line in lines):
+        text.append(
+            "An interval over images covers the choice of images, not the noise of training: train more seeds for that."
+        )
+    return "\n".join(text)
+
+
+def as_plain(lines: Sequence[Line]) -> list[dict[str, Any]]:
+    """The table as JSON."""
+    return [asdict(line) for line in lines]

@@ -1,0 +1,151 @@
+"""From a network to class probabilities of an image, and to the scores of a split."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from semiseg.data.cache import open_image, open_mask
+from semiseg.data.rows import Rows
+from semiseg.data.splits import Data
+from semiseg.files import replacing
+from semiseg.ops.colour import to_float
+from semiseg.ops.metrics import confusion, iou
+from semiseg.ops.resize import resize
+from semiseg.types import InferenceConfig, InputError
+
+T = TypeVar("T")
+R = TypeVar("R")
+Network = Callable[[Tensor], Tensor]
+"""image (B, N, H, W) -> logits (B, C, H, W)."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A confusion matrix an image, (images, C, C) int64 with the reference in the rows, and the images' names."""
+
+    confusions: NDArray[np.int64]
+    names: tuple[str, ...]
+    classes: tuple[str, ...]
+
+    @property
+    def per_class(self) -> dict[str, float]:
+        """IoU of each class over all pixels of the split; NaN where the reference has none of it."""
+        total = torch.from_numpy(self.confusions.sum(0))
+        return dict(zip(self.classes, iou(total).tolist(), strict=True))
+
+    @property
+    def miou(self) -> float:
+        """Mean over the classes that the reference has, 0..1."""
+        return float(np.nanmean(list(self.per_class.values())))
+
+    @property
+    def absent(self) -> tuple[str, ...]:
+        """Classes that are left out of the mean, because the reference has none of them."""
+        return tuple(name for name, value in self.per_class.items() if np.isnan(value))
+
+
+def evaluate(net: nn.Module, rows: Rows, data: Data, config: InferenceConfig, device: torch.device) -> Scores:
+    """Scores a network at the masks' own sizes, and leaves it in the mode it was in."""
+    d, was_training = data.config, net.training
+    net.eval()
+
+    def read(i: int) -> tuple[Tensor, Tensor]:
+        row = rows[i]
+        image = open_image(row, d.channels, d.size, d.cache)
+        mask = open_mask(row, data.code, None, False)
+        return to_tensor(image), torch.from_numpy(mask)
+
+    confusions = []
+    for image, mask in ahead(read, range(len(rows))):
+        probs = probabilities(net, image.to(device), config)
+        label = resize(probs, (mask.shape[0], mask.shape[1])).argmax(1)
+        confusions.append(confusion(label, mask[None].to(device), len(data.classes)))
+    net.train(was_training)
+    return Scores(torch.stack(confusions).cpu().numpy(), tuple(rows.names), data.classes)
+
+
+def to_tensor(image: NDArray[np.generic]) -> Tensor:
+    """(H, W, N) file depth -> (1, N, H, W)."""
+    return torch.from_numpy(image).permute(2, 0, 1)[None]
+
+
+@torch.no_grad()
+def probabilities(net: Network, image: Tensor, config: InferenceConfig) -> Tensor:
+    """Class probabilities (1, C, H, W) of one image (1, N, H, W), averaged over scales, mirror images and windows."""
+    size = (image.shape[2], image.shape[3])
+    views = []
+    for scale in config.scales:
+        view = image
+        if scale != 1:
+            view = resize(to_float(image), (max(1, round(size[0] * scale)), max(1, round(size[1] * scale))))
+        views.append(_windows(net, view, config))
+        if config.flip:
+            views.append(_windows(net, view.flip(3), config).flip(3))
+    return torch.stack([resize(view, size) for view in views]).mean(0) if len(views) > 1 else resize(views[0], size)
+
+
+def _windows(net: Network, image: Tensor, config: InferenceConfig) -> Tensor:
+    height, width = image.shape[2:]
+    if config.window is None or (height <= config.window[0] and width <= config.window[1]):
+        return net(image).softmax(1)
+    total: Tensor | None = None
+    seen = image.new_zeros((1, 1, height, width), dtype=torch.float32)
+    for top in window_starts(height, config.window[0], config.stride):
+        for left in window_starts(width, config.window[1], config.stride):
+            place = (..., slice(top, top + config.window[0]), slice(left, left + config.window[1]))
+            probs = net(image[place]).softmax(1)
+            if total is None:
+                total = probs.new_zeros((1, probs.shape[1], height, width))
+            total[place] += probs
+            seen[place] += 1
+    assert total is not None
+    return total / seen
+
+
+def window_starts(side: int, window: int, stride: float) -> list[int]:
+    """Where windows start along a side, in px: every `stride` of a window, the last one shifted back inside."""
+    if side <= window:
+        return [0]
+    starts = range(0, side - window, max(1, round(window * stride)))
+    return [*starts, side - window]
+
+
+def ahead(function: Callable[[T], R], items: Iterable[T], threads: int = 2, depth: int = 4) -> Iterator[R]:
+    """Maps in order with a few results computed ahead, so that reading goes on while the network runs and memory stays small."""
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: deque[Future[R]] = deque()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) >= depth:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def save_scores(path: Path, scores: Scores) -> None:
+    """Writes the confusion matrices, from which every later interval is computed, as `results.npz`."""
+    names, classes = np.array(scores.names), np.array(scores.classes)
+    with replacing(path) as part:
+        np.savez_compressed(part, confusions=scores.confusions, names=names, classes=classes)
+
+
+def load_scores(path: Path) -> Scores:
+    """Reads `results.npz`.
+
+    Raises:
+        InputError: there is none.
+    """
+    if not path.is_file():
+        raise InputError(
+            f"{path} is missing: finish the run first (the same `semiseg train` command goes on where it was)."
+        )
+    with np.load(path, allow_pickle=False) as file:
+        return Scores(file["confusions"], tuple(file["names"].tolist()), tuple(file["classes"].tolist()))

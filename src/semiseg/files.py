@@ -1,0 +1,63 @@
+"""Files that are whole or not there: written under another name beside their place, synced, then moved into it."""
+
+import json
+import math
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from semiseg.types import InputError
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write that takes the place of `path` when the block ends, and vanishes where it fails.
+
+    Raises:
+        InputError: the folder cannot be written or the disk is full; what stood at `path` is still there and good.
+    """
+    part = path.with_name(f".{uuid.uuid4().hex[:12]}.{path.name}")  # the suffix stays: some writers go by it
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except InputError:
+        raise
+    except Exception as error:
+        # torch and safetensors report a full disk in errors of their own.
+        if not isinstance(error, OSError) and not any(word in str(error) for word in ("writ", "No space", "I/O")):
+            raise
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error).splitlines()[0]
+        kept = "the previous file is still good; " if path.exists() else ""
+        raise InputError(
+            f"{path} could not be written ({reason}): {kept}free some space or choose another folder."
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a text file at once: a reader finds the old text or the new one."""
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8", newline="")
+
+
+def write_json(path: Path, value: object) -> None:
+    """Writes JSON; see `finite`."""
+    write_text(path, json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def finite(value: object) -> object:
+    """Plain values with null where a number is NaN or infinite: JSON has neither, and strict readers refuse them."""
+    match value:
+        case dict():
+            return {key: finite(item) for key, item in value.items()}
+        case list() | tuple():
+            return [finite(item) for item in value]
+        case float() if not math.isfinite(value):
+            return None
+    return value

@@ -1,0 +1,51 @@
+"""The methods by name. Adding one is a file here and a line below."""
+
+from pathlib import Path
+
+from semiseg.methods.base import Method, StepMethod
+from semiseg.methods.fixmatch import FixMatch
+from semiseg.methods.supervised import Supervised
+from semiseg.networks.factory import load_object
+from semiseg.types import InputError, Options, nearest
+
+METHODS: dict[str, type[Method]] = {
+    "supervised": Supervised,
+    "fixmatch": FixMatch,
+}
+
+DEFAULT = "fixmatch"
+
+
+def find(name: str, base: Path | None = None) -> type[Method]:
+    """The method called `name`, or the class that an import string (`file.py:Class`, `package.module:Class`) names.
+
+    Raises:
+        InputError: no such method, or the object is not one.
+    """
+    if ":" in name:
+        found = load_object(name, base)
+        if not (isinstance(found, type) and issubclass(found, Method)):
+            raise InputError(f"method.name: {name} is not a subclass of semiseg.methods.Method.")
+        return found
+    if name not in METHODS:
+        raise InputError(f"method.name: {name} is unknown; {nearest(name, METHODS)}")
+    return METHODS[name]
+
+
+def describe(method: type[Method]) -> dict[str, tuple[str, str]]:
+    """Every option of a method with its default and its meaning; a group's options are joined to its name by a dot."""
+    return _describe(method.Config, "")
+
+
+def _describe(config: type[Options], before: str) -> dict[str, tuple[str, str]]:
+    found: dict[str, tuple[str, str]] = {}
+    for name, field in config.model_fields.items():
+        if isinstance(field.default, Options):
+            found |= _describe(type(field.default), f"{before}{name}.")
+        else:
+            plain = list(field.default) if isinstance(field.default, tuple) else field.default
+            found[before + name] = (str(plain), " ".join((field.description or "").split()))
+    return found
+
+
+__all__ = ["DEFAULT", "METHODS", "FixMatch", "Method", "StepMethod", "Supervised", "describe", "find"]

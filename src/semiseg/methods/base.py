@@ -1,0 +1,103 @@
+"""What a method is: the contract between an algorithm and the engine that runs it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from semiseg import parallel
+from semiseg.data.sampling import Stream
+from semiseg.data.splits import Data
+from semiseg.networks.factory import Build, OptimConfig
+from semiseg.types import Clock, Options, Share, TrainConfig
+
+
+class Session(Protocol):
+    """The engine, as a method sees it."""
+
+    config: TrainConfig
+
+    def stage(self, name: str) -> "Session": ...
+    def train(self, method: "StepMethod", data: Data, streams: Mapping[str, Stream] | None = None) -> nn.Module: ...
+
+
+class Method(ABC):
+    """An algorithm of one or more stages.
+
+    `Config` holds its options; `paper` is one line for `semiseg methods`.
+    """
+
+    Config: ClassVar[type[Options]]
+    paper: ClassVar[str]
+
+    @abstractmethod
+    def __init__(self, config: Options, build: Build) -> None: ...
+
+    @abstractmethod
+    def fit(self, session: Session, data: Data) -> nn.Module:
+        """Trains, and returns the network to deliver."""
+
+
+class StepMethod(nn.Module, Method):
+    """An algorithm that is one loop of steps.
+
+    Networks, teachers and memories are submodules or buffers and optimisers stand in `optimizers`: that, and the step, is all
+    that a checkpoint needs.
+    """
+
+    optimizers: dict[str, torch.optim.Optimizer]
+    build: Build
+
+    def fit(self, session: Session, data: Data) -> nn.Module:
+        return session.train(self, data)
+
+    @property
+    def schedule(self) -> OptimConfig:
+        """Whose `rate(progress)` the session applies to every group's `peak_lr`."""
+        return self.build.optim
+
+    @abstractmethod
+    def streams(self, data: Data, batch: int, crop: tuple[int, int]) -> dict[str, Stream]:
+        """The batches that a step needs; the names are the arguments of `step`."""
+
+    @abstractmethod
+    def step(self, clock: Clock, **batches: object) -> dict[str, Tensor]:
+        """One update of everything. Returns scalars to log, still on the device; those named `loss*` must be finite."""
+
+    @abstractmethod
+    def predictor(self) -> nn.Module:
+        """The network that is evaluated and delivered."""
+
+    def backward(self, name: str, *terms: tuple[float, Share]) -> list[Tensor]:
+        """Adds the gradients of the weighted terms to the weights of optimiser `name`, and to no others.
+
+        Returns:
+            the value of each term, before its weight, detached.
+        """
+        shares = [share for _, share in terms]
+        sums = parallel.shared_sum([c for s in shares for c in (s.count, s.count if s.over is None else s.over)])
+        values = []
+        for share, count, over in zip(shares, sums[::2], sums[1::2], strict=True):
+            some = count.to(share.total.dtype).clamp(
+                min=torch.finfo(share.total.dtype).tiny
+            )  # 0 / tiny: a zero with a graph
+            values.append(share.total / some * (over / some if share.over is not None else 1))
+        loss = torch.stack([weight * value for (weight, _), value in zip(terms, values, strict=True)]).sum()
+        loss.backward(inputs=self._weights(name))
+        return [value.detach() for value in values]
+
+    def update(self, name: str, *terms: tuple[float, Share]) -> list[Tensor]:
+        """`backward`, then one step of optimiser `name`."""
+        values = self.backward(name, *terms)
+        if self.build.optim.clip is not None:
+            nn.utils.clip_grad_norm_(self._weights(name), self.build.optim.clip)
+        self.optimizers[name].step()
+        self.optimizers[name].zero_grad(set_to_none=True)
+        return values
+
+    def _weights(self, name: str) -> list[Tensor]:
+        groups = self.optimizers[name].param_groups
+        return [weight for group in groups for weight in group["params"] if weight.requires_grad]

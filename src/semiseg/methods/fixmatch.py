@@ -1,0 +1,97 @@
+"""FixMatch for segmentation: confident predictions on a weak view are the labels of a strong view of the same image.
+
+Sohn et al., "FixMatch", NeurIPS 2020, in the form that segmentation papers compare with (UniMatch, Yang et al., CVPR 2023), with a mean
+teacher (Tarvainen & Valpola, 2017) and CutMix (Yun et al., ICCV 2019).
+
+Deliberate differences from the released UniMatch code:
+- the labels come from an EMA teacher in eval mode, not from the student's own training-mode forward;
+- the CutMix partner is always another image (released: the same image, differently cropped);
+- padding is invalid for unlabelled images by the crop itself, no mask file is opened;
+- bilinear resizing with align_corners=False.
+"""
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from semiseg.data.sampling import Phase, Stream
+from semiseg.data.splits import Data
+from semiseg.methods.base import StepMethod
+from semiseg.methods.labelled import LabelledLoss, LossConfig
+from semiseg.networks.factory import Build
+from semiseg.ops.colour import strong, to_float
+from semiseg.ops.ema import ema_update, make_teacher
+from semiseg.ops.losses import masked_cross_entropy
+from semiseg.ops.mix import cutmix_box, mix
+from semiseg.ops.pseudo import pseudo_label
+from semiseg.types import Clock, Labelled, Options, Unlabelled
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class FixMatch(StepMethod):
+    """Labelled cross-entropy, plus cross-entropy of a strong, CutMixed view against the teacher's confident labels."""
+
+    class Config(Options):
+        """Options of `method: {name: fixmatch}`."""
+
+        loss: LossConfig = LossConfig()
+        threshold: Share = 0.95
+        """Least confidence of a pseudo-label that counts."""
+        weight: Annotated[float, Field(ge=0)] = 1.0
+        """Weight of the unlabelled loss against the labelled one."""
+        ema: Annotated[float, Field(ge=0, lt=1)] = 0.99
+        """Decay of the teacher."""
+        forward: Literal["apart", "joint"] = "apart"
+        """Labelled images and strong views through the student apart, or as one batch: it decides what batch norm sees."""
+        jitter: tuple[Share, Share, Share, Annotated[float, Field(ge=0, le=0.5)]] = (0.5, 0.5, 0.5, 0.25)
+        """Largest change of brightness, contrast, saturation and hue in the strong view."""
+        cutmix: Share = 0.5
+        """Share of the images that get a box of another image."""
+        cutmix_area: tuple[Share, Share] = (0.02, 0.4)
+        """Range of the box's share of the image."""
+
+    paper = "Sohn et al., NeurIPS 2020; segmentation form of Yang et al., CVPR 2023"
+
+    def __init__(self, config: Config, build: Build) -> None:
+        super().__init__()
+        self.config, self.build = config, build
+        self.student = build.network()
+        self.teacher = make_teacher(self.student)
+        self.loss = LabelledLoss(config.loss, build)
+        self.optimizers = {"student": build.optimizer(self.student)}
+
+    def streams(self, data: Data, batch: int, crop: tuple[int, int]) -> dict[str, Stream]:
+        phases = (Phase(crop, batch),)
+        return {"labelled": Stream(data.labelled, phases), "unlabelled": Stream(data.unlabelled, phases, strong=1)}
+
+    def step(self, clock: Clock, labelled: Labelled, unlabelled: Unlabelled) -> dict[str, Tensor]:  # type: ignore[override]
+        c = self.config
+        with torch.no_grad():
+            label, confidence = pseudo_label(self.teacher(unlabelled.image))
+            confident = (confidence >= c.threshold) & unlabelled.valid
+            u = unlabelled.view(0)
+            image = strong(to_float(unlabelled.image), u, c.jitter)
+            box = cutmix_box(u, image.shape[-2:], c.cutmix_area, c.cutmix)
+            image, label, selected, valid = mix(box, unlabelled.partner, image, label, confident, unlabelled.valid)
+
+        if c.forward == "joint":
+            both = self.student(torch.cat([to_float(labelled.image), image]))
+            logits, logits_strong = both.split([len(labelled.image), len(image)])
+        else:
+            logits, logits_strong = self.student(labelled.image), self.student(image)
+
+        # Divided by the valid pixels, not by the confident ones: the loss grows with the share of the image that is trusted.
+        loss_unlabelled = masked_cross_entropy(logits_strong, label, selected, valid)
+        values = self.update("student", *self.loss(logits, labelled.mask, 0.5), (0.5 * c.weight, loss_unlabelled))
+        ema_update(self.teacher, self.student, clock.step, c.ema)
+        return {
+            "loss": values[0],
+            "loss_unlabelled": values[-1],
+            "confident": confident.sum() / unlabelled.valid.sum(),
+        }
+
+    def predictor(self) -> nn.Module:
+        return self.teacher

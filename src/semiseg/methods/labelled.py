@@ -1,0 +1,47 @@
+"""The loss on labelled images, one group of options for all methods."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from semiseg.networks.factory import Build
+from semiseg.ops.losses import class_weights, cross_entropy, dice, ohem
+from semiseg.types import Options, Share
+
+
+class LossConfig(Options):
+    """How labelled pixels count."""
+
+    kind: Literal["ce", "ohem", "ce+dice"] = "ce"
+    class_weights: bool = False
+    """Weigh classes by the inverse root of their pixels in the labelled masks (ce and ce+dice)."""
+    ohem_threshold: Annotated[float, Field(gt=0, le=1)] = 0.7
+    ohem_kept: Annotated[int, Field(gt=0)] = 100_000
+    """Fewest pixels a batch that OHEM keeps."""
+    dice_weight: Annotated[float, Field(ge=0)] = 1.0
+
+
+class LabelledLoss(nn.Module):
+    """The chosen loss as weighted terms for `StepMethod.update`; the first term is the cross-entropy."""
+
+    weight: Tensor | None
+
+    def __init__(self, config: LossConfig, build: Build) -> None:
+        super().__init__()
+        self.config = config
+        weight = None
+        if config.class_weights:
+            assert build.class_pixels is not None, "class weights need data"
+            weight = class_weights(build.class_pixels())
+        self.register_buffer("weight", weight)
+
+    def forward(self, logits: Tensor, mask: Tensor, weight: float = 1.0) -> list[tuple[float, Share]]:
+        """Terms for logits (B, C, H, W) and mask (B, H, W), each times `weight`."""
+        c = self.config
+        if c.kind == "ohem":
+            return [(weight, ohem(logits, mask, c.ohem_threshold, c.ohem_kept))]
+        terms = [(weight, cross_entropy(logits, mask, self.weight))]
+        if c.kind == "ce+dice":
+            terms.append((weight * c.dice_weight, dice(logits, mask)))
+        return terms

@@ -1,0 +1,43 @@
+"""Labelled-only training: the baseline beside every claim.
+
+Differences from the papers' baselines: the number of steps is the semi-supervised run's, and the labelled batch is not doubled
+(UniMatch doubles it, ST++ repeats short lists).
+"""
+
+from torch import Tensor, nn
+
+from semiseg.data.sampling import Phase, Stream
+from semiseg.data.splits import Data
+from semiseg.methods.base import StepMethod
+from semiseg.methods.labelled import LabelledLoss, LossConfig
+from semiseg.networks.factory import Build
+from semiseg.types import Clock, Labelled, Options
+
+
+class Supervised(StepMethod):
+    """Cross-entropy on the labelled images, nothing else."""
+
+    class Config(Options):
+        """Options of `method: {name: supervised}`."""
+
+        loss: LossConfig = LossConfig()
+
+    paper = "labelled images only; the baseline"
+
+    def __init__(self, config: Config, build: Build) -> None:
+        super().__init__()
+        self.config, self.build = config, build
+        self.student = build.network()
+        self.loss = LabelledLoss(config.loss, build)
+        self.optimizers = {"student": build.optimizer(self.student)}
+
+    def streams(self, data: Data, batch: int, crop: tuple[int, int]) -> dict[str, Stream]:
+        return {"labelled": Stream(data.labelled, (Phase(crop, batch),))}
+
+    def step(self, clock: Clock, labelled: Labelled) -> dict[str, Tensor]:  # type: ignore[override]
+        logits = self.student(labelled.image)
+        values = self.update("student", *self.loss(logits, labelled.mask))
+        return {"loss": values[0]}
+
+    def predictor(self) -> nn.Module:
+        return self.student

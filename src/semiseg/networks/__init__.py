@@ -1,0 +1,1 @@
+"""Networks: an encoder of timm and a decoder of segmentation_models_pytorch, in three parts that a method may call."""

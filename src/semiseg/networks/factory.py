@@ -1,0 +1,372 @@
+"""Makes networks and optimisers from options: encoders by timm's names, decoders by smp's, or a class of one's own.
+
+Sources: timm (encoders and their weights), segmentation_models_pytorch (decoders).
+"""
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import os
+import re
+import sys
+import threading
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any, Literal
+
+import huggingface_hub
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+
+from semiseg.networks.net import SegNet, Wrapped
+from semiseg.networks.weights import load_encoder, load_tensors
+from semiseg.types import InputError, Options, nearest
+
+_DECODERS = {
+    "unet": "Unet",
+    "unetplusplus": "UnetPlusPlus",
+    "manet": "MAnet",
+    "linknet": "Linknet",
+    "fpn": "FPN",
+    "pspnet": "PSPNet",
+    "deeplabv3": "DeepLabV3",
+    "deeplabv3plus": "DeepLabV3Plus",
+    "pan": "PAN",
+    "upernet": "UPerNet",
+    "segformer": "Segformer",
+}
+_FIXED = {"encoder_name", "encoder_weights", "in_channels", "classes", "activation", "upsampling", "aux_params"}
+"""Arguments of smp's decoders that are no options: they follow from the data, or belong to parts that are not used."""
+_PROBE_SECONDS = 4
+
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+
+
+class NetworkConfig(Options):
+    """Which network, and what it starts from."""
+
+    name: str = "deeplabv3plus"
+    """A decoder of segmentation_models_pytorch, or your own class as file.py:Class or package.module:Class."""
+    encoder: str = "resnet50"
+    """Any encoder of timm, with or without the tag of its weights."""
+    weights: str = "pretrained"
+    """pretrained (timm's download, else random and said so), random, or a .safetensors file in timm's names."""
+    encoder_options: dict[str, Any] = {}
+    """Handed to timm's encoder."""
+    options: dict[str, Any] = {}
+    """Handed to the decoder, or to your own class."""
+    mean: float | tuple[float, ...] | None = None
+    """Of images in 0..1, one number or one a channel; none: the encoder's own, averaged where channels are not 3."""
+    std: Positive | tuple[Positive, ...] | None = None
+    """Like `mean`."""
+    checkpointing: bool = False
+    """Computes the encoder twice instead of storing it: less memory, about a third more time, the same result."""
+
+
+class OptimConfig(Options):
+    """How weights move."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    lr: Positive = 3e-4
+    """Peak rate of the encoder, at the recipe's batch."""
+    head_lr: Positive = 10
+    """Everything that is not the encoder learns at lr times this."""
+    weight_decay: NotNegative = 0.01
+    """On all weights. 0.01 suits adamw; recipes with sgd in this field use 0.0001 to 0.0005."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Of sgd."""
+    clip: Positive | None = None
+    """Largest norm of the gradient of all weights together; none: not clipped."""
+    power: NotNegative = 0.9
+    """Of the polynomial decay; 0: constant."""
+
+    def rate(self, progress: float) -> float:
+        """The share of a peak rate at `progress` (0..1) of a run: (1 - progress) ** power, the poly schedule."""
+        return float((1 - progress) ** self.power)
+
+
+@dataclass(frozen=True)
+class Build:
+    """What a method is given to make its parts.
+
+    classes, channels  C and N of the data
+    seed               of the run; the initial weights depend on it and on `salt`, on nothing else
+    precision          torch.bfloat16 for autocast inside the networks, or None
+    channels_last      memory layout of the convolutions
+    base               folder of the recipe: relative files are looked for there first
+    class_pixels       counts (C,) the pixels of each class in the labelled masks, for those who ask
+    report             lines on where the initial weights came from, filled by `network`; somebody must show them
+    """
+
+    classes: int
+    channels: int
+    config: NetworkConfig
+    optim: OptimConfig
+    seed: int = 0
+    precision: torch.dtype | None = None
+    channels_last: bool = False
+    base: Path | None = None
+    device: torch.device = torch.device("cpu")
+    class_pixels: Callable[[], Tensor] | None = None
+    report: list[str] = field(default_factory=list, init=False)
+
+    def network(self, salt: int = 0) -> SegNet | Wrapped:
+        """A new network in training mode on the device: random weights from (seed, salt), then those of the options.
+
+        The process' random state stays as it was.
+
+        Raises:
+            InputError: an option names nothing, or does not fit.
+        """
+        with _drawn_from(self.seed, salt):
+            net = self._own() if ":" in self.config.name else self._smp()
+        if self.channels_last:
+            net = net.to(memory_format=torch.channels_last)
+        return net.to(self.device)
+
+    def optimizer(self, net: nn.Module, extra: Iterable[nn.Module] = ()) -> Optimizer:
+        """AdamW or SGD over a network and `extra` modules; each group carries `peak_lr`.
+
+        The encoder learns at lr, all else at lr * head_lr; a network without `encoder` learns at lr as a whole.
+        """
+        encoder = net.get_submodule("encoder") if hasattr(net, "encoder") else net
+        first = list(encoder.parameters())
+        known = {id(p) for p in first}
+        rest = [p for module in (net, *extra) for p in module.parameters() if id(p) not in known]
+        rates = ((first, self.optim.lr), (rest, self.optim.lr * self.optim.head_lr))
+        groups = [{"params": params, "lr": lr, "peak_lr": lr} for params, lr in rates if params]
+        if self.optim.name == "sgd":
+            return SGD(groups, momentum=self.optim.momentum, weight_decay=self.optim.weight_decay, fused=True)
+        return AdamW(groups, weight_decay=self.optim.weight_decay, fused=True)
+
+    def _smp(self) -> SegNet:
+        import timm
+
+        config = self.config
+        _known(config.name, _DECODERS, "network.name")
+        _known(config.encoder.partition(".")[0], timm.list_models(), "network.encoder")
+        _known(config.encoder, (config.encoder.partition(".")[0], *timm.list_pretrained()), "network.encoder")
+        statistics = timm.get_pretrained_cfg(config.encoder, allow_unregistered=False)
+        mean, std = self._statistics(statistics.mean, statistics.std)
+        model = _create(config, self.classes, self.channels)
+        net = SegNet(model, self.classes, mean, std, self.precision, config.checkpointing)
+        self._load(net)
+        return net
+
+    def _own(self) -> SegNet | Wrapped:
+        from segmentation_models_pytorch.base import SegmentationModel
+
+        config = self.config
+        if config.weights not in ("pretrained", "random"):
+            raise InputError(f"network.weights: {config.name} loads its own weights, so leave network.weights out.")
+        make = load_object(config.name, self.base)
+        model = make(channels=self.channels, classes=self.classes, **config.options)
+        if not isinstance(model, nn.Module):
+            raise InputError(f"network.name: {config.name} must make a torch.nn.Module, not {type(model).__name__}.")
+        self._say(f"{config.name} starts from the weights that it makes itself")
+        if isinstance(model, SegNet | Wrapped):
+            return model
+        mean, std = self._statistics((0.0,), (1.0,))
+        if isinstance(model, SegmentationModel):
+            return SegNet(model, self.classes, mean, std, self.precision, config.checkpointing)
+        return Wrapped(model, self.classes, mean, std, self.precision)
+
+    def _statistics(
+        self, mean: tuple[float, ...], std: tuple[float, ...]
+    ) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """The options' mean and std, one number a channel; the given ones where the options have none."""
+        return (
+            _per_channel(self.config.mean, mean, self.channels, "network.mean"),
+            _per_channel(self.config.std, std, self.channels, "network.std"),
+        )
+
+    def _load(self, net: SegNet) -> None:
+        """Loads initial weights into the encoder, and says in `report` what came of it."""
+        config = self.config
+        if config.weights == "random":
+            self._say("network.weights is random: training starts from random weights")
+        elif config.weights != "pretrained":
+            self._say(*load_encoder(net.encoder, _find_weights(config.weights, self.base)).lines())
+        elif isinstance(self._pretrained, str):
+            self._say(
+                f"no pretrained weights of {config.encoder} ({self._pretrained}): training starts from RANDOM weights; "
+                "network.weights can name a .safetensors file"
+            )
+        else:
+            self._say(*load_tensors(net.encoder, self._pretrained, f"timm's {config.encoder}").lines())
+
+    @cached_property
+    def _pretrained(self) -> dict[str, Tensor] | str:
+        """timm's weights of the encoder, or the reason why there are none; asked once for all networks of a run."""
+        try:
+            return _download(self.config.encoder)
+        except Exception as error:  # noqa: BLE001 - each source of weights has errors of its own
+            return str(error)
+
+    def _say(self, *lines: str) -> None:
+        self.report.extend(line for line in lines if line not in self.report)
+
+
+@contextmanager
+def _drawn_from(seed: int, salt: int) -> Iterator[None]:
+    """Draws the CPU's random numbers from (seed, salt), and puts the process' own state back."""
+    state = torch.get_rng_state()
+    # Not torch.manual_seed: it would seed every GPU too.
+    torch.default_generator.manual_seed(int(np.random.SeedSequence((seed, salt)).generate_state(1, np.uint64)[0]))
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+
+
+def _known(name: str, names: Iterable[str], option: str) -> None:
+    if name not in names:
+        raise InputError(f"{option}: {name} is unknown; {nearest(name, names)}")
+
+
+def _create(config: NetworkConfig, classes: int, channels: int) -> nn.Module:
+    import segmentation_models_pytorch as smp
+
+    decoder = getattr(smp, _DECODERS[config.name])
+    own = set(inspect.signature(decoder.__init__).parameters) - _FIXED - {"self", "kwargs"}
+    for name in config.options:
+        _known(name, own, f"network.options of {config.name}")
+    for name in config.encoder_options:
+        if name in own | _FIXED:
+            raise InputError(f"network.encoder_options: {name} is no option of an encoder; set it in network.options.")
+    try:
+        model: nn.Module = decoder(
+            encoder_name=f"tu-{config.encoder}",
+            encoder_weights=None,
+            in_channels=channels,
+            classes=classes,
+            **config.options,
+            **config.encoder_options,
+        )
+    except (TypeError, ValueError, KeyError, RuntimeError, AssertionError, NotImplementedError) as error:
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if unknown and unknown[1] in config.encoder_options:
+            raise InputError(f"network.encoder_options: {config.encoder} has no {unknown[1]}; remove it.") from error
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise InputError(f"network: {config.name} cannot be built on {config.encoder} ({reason}).") from error
+    return model
+
+
+def _per_channel(
+    given: float | tuple[float, ...] | None, own: tuple[float, ...], channels: int, option: str
+) -> tuple[float, ...]:
+    if given is None:
+        return own if len(own) == channels else (sum(own) / len(own),) * channels
+    if not isinstance(given, tuple):
+        return (given,) * channels
+    if len(given) != channels:
+        raise InputError(
+            f"{option} has {len(given)} numbers, but images have {channels} channels: give 1 or {channels}."
+        )
+    return given
+
+
+def _download(encoder: str) -> dict[str, Tensor]:
+    """timm's weights of an encoder, from its cache or from the net; where neither is possible an error, within seconds."""
+    import timm
+
+    if not timm.is_model_pretrained(encoder):
+        raise LookupError("timm has none of that name")
+    repository = timm.get_pretrained_cfg(encoder, allow_unregistered=False).hf_hub_id
+    cached = repository and huggingface_hub.try_to_load_from_cache(repository, "model.safetensors")
+    overlay = {"file": cached} if isinstance(cached, str) else {}
+    if not overlay:
+        _probe(huggingface_hub.constants.ENDPOINT)
+    tensors: dict[str, Tensor] = timm.create_model(
+        encoder, pretrained=True, pretrained_cfg_overlay=overlay
+    ).state_dict()
+    return tensors
+
+
+def _probe(address: str) -> None:
+    """One request, because timm's client tries for 47 s before it gives up.
+
+    Raises:
+        OSError: nobody answers in 4 s.
+    """
+    errors: list[OSError] = []
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=_PROBE_SECONDS).close()
+        except OSError as error:
+            errors.append(error)
+
+    # A thread, because a socket's timeout holds for one address of a host, and not at all for looking them up.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(_PROBE_SECONDS)
+    if thread.is_alive():
+        raise TimeoutError(f"no answer from {address} in {_PROBE_SECONDS} s")
+    if errors:
+        raise errors[0]
+
+
+def _find_weights(text: str, base: Path | None) -> Path:
+    """The file that `network.weights` names: absolute, beside the recipe or in the working folder, or in $SEMISEG_DATA."""
+    places = [base or Path.cwd()]
+    if shared := os.environ.get("SEMISEG_DATA"):
+        places.append(Path(shared))
+    for path in (place / Path(text).expanduser() for place in places):
+        if path.is_dir():
+            raise InputError(f"network.weights: {path} is a folder; name a .safetensors file.")
+        if path.exists():
+            return path
+    searched = " and ".join(map(str, places))
+    raise InputError(
+        f"network.weights: {text} is not there (looked for in {searched}); correct the path, or write pretrained or random."
+    )
+
+
+def load_object(text: str, base: Path | None) -> Any:
+    """What `file.py:Name` (relative to `base`, the recipe's folder) or `package.module:Name` names.
+
+    Raises:
+        InputError: no such file, module or name, or an error while it is imported.
+    """
+    place, _, name = text.rpartition(":")
+    module = _module_of_file((base or Path.cwd()) / place) if place.endswith(".py") else _module(place)
+    if not hasattr(module, name):
+        raise InputError(f"{text}: {place} has no {name}; {nearest(name, [n for n in vars(module) if n[0] != '_'])}")
+    return getattr(module, name)
+
+
+def _module(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except Exception as error:
+        raise InputError(f"{name} cannot be imported ({type(error).__name__}: {error}).") from error
+
+
+def _module_of_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise InputError(f"{path} does not exist: correct the path before the colon.")
+    # Named by its text: what it defines can be pickled, and an edited file is another module.
+    name = f"{path.stem}_{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise InputError(f"{path} cannot be imported ({type(error).__name__}: {error}).") from error
+    return module

@@ -1,0 +1,232 @@
+"""A segmentation network in three parts: encode, fuse, classify.
+
+Shapes use the legend of `semiseg.types`. Sources: the parts are those of segmentation_models_pytorch (encoder, decoder,
+segmentation head), here with one resize only and with any image size.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from semiseg.types import InputError
+
+_DEPTH = {torch.uint8: 255.0, torch.uint16: 65535.0}
+
+
+class Normalise(nn.Module):
+    """Scales uint8 and uint16 images to 0..1 (floats are there already), then normalises them.
+
+    `mean` and `std` have one number a channel, in the unit of an image in 0..1. They are buffers, so that stored weights
+    bring what they were trained with.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, N, H, W) uint8, uint16 or floating -> (B, N, H, W) in the network's precision.
+
+        Raises:
+            InputError: N is not the network's.
+        """
+        channels = len(self.mean)
+        if image.shape[1] != channels:
+            raise InputError(
+                f"data.channels is {channels}, but an image has {image.shape[1]}: set it to those of the images."
+            )
+        depth = _DEPTH[image.dtype] if image.dtype in _DEPTH else 1.0
+        # One pass over the image instead of three.
+        return torch.addcmul(-self.mean / self.std, image.to(self.mean.dtype), 1 / (depth * self.std))
+
+
+def _autocast(like: Tensor, precision: torch.dtype | None) -> AbstractContextManager[Any]:
+    if precision is None or like.dtype == torch.float64:
+        return nullcontext()
+    return torch.autocast(like.device.type, precision)
+
+
+def _full(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+class SegNet(nn.Module):
+    """Three parts that a method may call by name.
+
+    Scales and normalises (uint8, uint16; floats are in 0..1), pads right and bottom by repeating the edge, runs autocast
+    inside where `precision` is set (float64 weights are left alone), returns float32 logits (float64 if the weights are).
+
+    stride     px of the image a side of one px of the fused map
+    width      D, channels of the fused map
+    multiple   px; sides are padded to a multiple of it
+    precision  torch.bfloat16 for autocast, or None
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        classes: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        precision: torch.dtype | None = None,
+        checkpointing: bool = False,
+    ) -> None:
+        """`model` has the `encoder`, `decoder` and `segmentation_head` of segmentation_models_pytorch."""
+        super().__init__()
+        encoder, head = model.get_submodule("encoder"), model.get_submodule("segmentation_head")
+        self.normalise = Normalise(mean, std)
+        self.encoder = encoder
+        self.decoder = model.get_submodule("decoder")
+        # Behind the convolution a head of smp has an upsampling with another definition than ours.
+        self.head = head.get_submodule("0")
+        self.classes, self.channels, self.precision = classes, len(mean), precision
+        self.multiple = int(encoder.output_stride)  # type: ignore[arg-type]
+        if checkpointing:
+            _checkpoint_blocks(encoder)
+        self._measure()
+
+    def _measure(self) -> None:
+        """Learns from one small image which maps of the encoder are real, and the stride and width of the fused one."""
+        side, training = 4 * self.multiple, self.training
+        self.eval()
+        with torch.no_grad():
+            image = torch.zeros(1, self.channels, side, side)
+            maps = self.encoder(image)
+            fused = self.decoder(maps)
+            size = self.head(fused).shape[-2:]
+        self.train(training)
+        # An encoder puts the image itself first, and a transformer an empty map at stride 2: neither is a feature.
+        self._strides = tuple(side // m.shape[-1] for m in maps)
+        self._real = tuple(m is not image and m.shape[1] > 0 for m in maps)
+        self.width, self.stride = fused.shape[1], side // fused.shape[-1]
+        assert size == fused.shape[-2:], "a head whose convolution changes the size"
+
+    def encode(self, image: Tensor) -> list[Tensor]:
+        """(B, N, H, W) -> feature maps (B, ., h, w), finest first, without the image itself."""
+        image = self._pad(self.normalise(image))
+        with _autocast(image, self.precision):
+            maps = self.encoder(image)
+        return [m for m, real in zip(maps, self._real, strict=True) if real]
+
+    def _pad(self, image: Tensor) -> Tensor:
+        height, width = image.shape[-2:]
+        # Also where nothing is missing: a condition on the size would fix the size of an exported network.
+        return F.pad(image, (0, -width % self.multiple, 0, -height % self.multiple), mode="replicate")
+
+    def fuse(self, features: list[Tensor]) -> Tensor:
+        """The maps of `encode` -> (B, D, h, w) at `stride`."""
+        with _autocast(features[0], self.precision):
+            fused: Tensor = self.decoder(self._with_stand_ins(features))
+        return fused
+
+    def _with_stand_ins(self, features: list[Tensor]) -> list[Tensor]:
+        """The list that a decoder of smp expects: empty maps, of the right size, where the encoder had no feature."""
+        finest, given = features[0], iter(features)
+        batch, _, height, width = finest.shape
+        stride = self._strides[self._real.index(True)]
+        return [
+            next(given) if real else finest.new_empty(batch, 0, height * stride // s, width * stride // s)
+            for s, real in zip(self._strides, self._real, strict=True)
+        ]
+
+    def classify(self, fused: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """(B, D, h, w) -> logits (B, C, H, W) for an image of `size` (H, W): convolution, one bilinear resize, crop.
+
+        Without `size` (B, C, h, w), the logits at `stride`.
+        """
+        with _autocast(fused, self.precision):
+            logits: Tensor = _full(self.head(fused))
+        if size is None:
+            return logits
+        if self.stride > 1:
+            padded = (logits.shape[-2] * self.stride, logits.shape[-1] * self.stride)
+            logits = F.interpolate(logits, size=padded, mode="bilinear", align_corners=False)
+        return logits[..., : size[0], : size[1]]
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, N, H, W) uint8, uint16, or floating in 0..1 -> logits (B, C, H, W)."""
+        height, width = image.shape[-2:]
+        return self.classify(self.fuse(self.encode(image)), (height, width))
+
+
+class Wrapped(nn.Module):
+    """Any module with forward(image) -> logits as a network: normalises before it, resizes once after it where it must.
+
+    It has no parts to call: a method that needs encode, fuse and classify says so.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        classes: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        precision: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.normalise = Normalise(mean, std)
+        self.model = model
+        self.classes, self.channels, self.precision = classes, len(mean), precision
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, N, H, W) uint8, uint16, or floating in 0..1 -> logits (B, C, H, W).
+
+        Raises:
+            InputError: the module returns something else.
+        """
+        image = self.normalise(image)
+        with _autocast(image, self.precision):
+            logits = self.model(image)
+        if not isinstance(logits, Tensor) or logits.ndim != 4 or logits.shape[1] != self.classes:
+            got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            name = type(self.model).__name__
+            raise InputError(
+                f"network.name: forward of {name} must return logits (B, {self.classes}, h, w), not {got}."
+            )
+        logits = _full(logits)
+        if logits.shape[-2:] == image.shape[-2:]:
+            return logits
+        return F.interpolate(logits, size=image.shape[-2:], mode="bilinear", align_corners=False)
+
+
+class _Frozen:
+    """Keeps the running statistics of batch norms as they are: the second forward of a batch must not count again."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.norms = [m for m in block.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+
+    def __enter__(self) -> None:
+        for norm in self.norms:
+            # In training alone: in evaluation the running statistics are what normalises.
+            norm.track_running_stats = not norm.training
+
+    def __exit__(self, *error: object) -> None:
+        for norm in self.norms:
+            norm.track_running_stats = True
+
+
+def _recomputed(block: nn.Module, run: Any, *inputs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return run(*inputs)
+    return checkpoint(run, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), _Frozen(block)))
+
+
+def _checkpoint_blocks(encoder: nn.Module) -> None:
+    """Stores only the inputs of the encoder's blocks, and computes the rest again in backward.
+
+    Not timm's own switch: it counts every batch twice in the running statistics, and refuses backward(inputs=...).
+    """
+    for stage in encoder.get_submodule("model").children():
+        for block in stage if isinstance(stage, nn.Sequential) else [stage]:
+            if any(isinstance(part, nn.Conv2d | nn.Linear) for child in block.children() for part in child.modules()):
+                block.forward = partial(_recomputed, block, block.forward)

@@ -1,0 +1,166 @@
+"""Reading and writing weights: encoders in timm's names, and models in a folder of two files.
+
+Only safetensors: no file of weights can run code.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from semiseg.files import replacing, write_json
+from semiseg.types import InputError
+
+WEIGHTS, CARD = "model.safetensors", "model.json"
+_BLOCK_NAMES = ("", "body.", "model.")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of a file of weights; names of tensors, without batch norm's counters of batches.
+
+    loaded, total  how many of the encoder's tensors came from `source`
+    missing        the encoder has them, the source has not: left random
+    unexpected     the source has them, the encoder has not: as a rule a classifier
+    mismatched     of another shape: left random
+    adapted        input convolutions whose channels were summed or repeated, as timm does
+    """
+
+    source: str
+    loaded: int
+    total: int
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    mismatched: tuple[str, ...]
+    adapted: tuple[str, ...]
+
+    def lines(self) -> list[str]:
+        """The report for people: one line, and one more for each kind of difference."""
+        lines = [f"{self.source}: {self.loaded} of the encoder's {self.total} tensors loaded"]
+        kinds = {
+            "left random, not in the file": self.missing,
+            "in the file, not used by the encoder": self.unexpected,
+            "left random, of another shape": self.mismatched,
+            "input channels adapted": self.adapted,
+        }
+        return lines + [f"  {kind}: {_some(names)}" for kind, names in kinds.items() if names]
+
+
+def _some(names: tuple[str, ...]) -> str:
+    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + rest
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU.
+
+    Raises:
+        InputError: there is no file, or it is none of safetensors.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"{path} cannot be read as safetensors ({error}): name another file, or convert it."
+        ) from error
+
+
+def load_encoder(encoder: nn.Module, path: Path) -> Report:
+    """Loads a safetensors file in timm's names into an encoder of smp.
+
+    Raises:
+        InputError: the file cannot be read, or nothing of it fits.
+    """
+    return load_tensors(encoder, read_weights(path), str(path))
+
+
+def load_tensors(encoder: nn.Module, tensors: dict[str, Tensor], source: str) -> Report:
+    """Loads tensors in timm's names into an encoder of smp; `source` names them.
+
+    Raises:
+        InputError: none fits.
+    """
+    from timm.models import adapt_input_conv
+
+    own = {name: tensor for name, tensor in encoder.state_dict().items() if not name.endswith("num_batches_tracked")}
+    places = {name: _place(name, own) for name in tensors if not name.endswith("num_batches_tracked")}
+    loaded, mismatched, adapted = set(), [], []
+    with torch.no_grad():
+        for name, place in places.items():
+            if place is None:
+                continue
+            tensor = tensors[name]
+            if tensor.shape != own[place].shape and _differs_in_channels(tensor, own[place]):
+                tensor = adapt_input_conv(own[place].shape[1], tensor, base_chans=tensor.shape[1])
+                adapted.append(f"{name} from {tensors[name].shape[1]} to {tensor.shape[1]}")
+            if tensor.shape == own[place].shape:
+                own[place].copy_(tensor)
+                loaded.add(place)
+            else:
+                mismatched.append(f"{name} {tuple(tensor.shape)} for {tuple(own[place].shape)}")
+    if not loaded:
+        raise InputError(
+            f"{source}: none of its {len(tensors)} tensors ({_some(tuple(tensors))}) fits the encoder; "
+            "set network.encoder to the one that they belong to."
+        )
+    return Report(
+        source=source,
+        loaded=len(loaded),
+        total=len(own),
+        missing=tuple(_timm_name(name) for name in own if name not in loaded and name not in places.values()),
+        unexpected=tuple(name for name, place in places.items() if place is None),
+        mismatched=tuple(mismatched),
+        adapted=tuple(adapted),
+    )
+
+
+def _place(name: str, own: dict[str, Tensor]) -> str | None:
+    """Where timm's feature extractor keeps the tensor `name`: some join its first two parts, some wrap the network."""
+    for block in _BLOCK_NAMES:
+        for candidate in (name, name.replace(".", "_", 1)):
+            if f"model.{block}{candidate}" in own:
+                return f"model.{block}{candidate}"
+    return None
+
+
+def _timm_name(place: str) -> str:
+    return place.removeprefix("model.")
+
+
+def _differs_in_channels(source: Tensor, target: Tensor) -> bool:
+    """Whether the two differ in input channels only, and the source's are those of an RGB image."""
+    outer = source.shape[:1] + source.shape[2:] == target.shape[:1] + target.shape[2:]
+    return source.ndim == 4 and target.ndim == 4 and outer and source.shape[1] == 3
+
+
+def save_model(folder: Path, state: dict[str, Tensor], card: dict[str, Any]) -> None:
+    """Writes model.safetensors and model.json; a reader sees the old or the new file, never half of one.
+
+    Raises:
+        InputError: the disk is full, or the folder cannot be written.
+    """
+    # The format wants contiguous tensors that share no memory.
+    plain = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in state.items()}
+    with replacing(folder / WEIGHTS) as part:
+        save_file(plain, part, metadata={"format": "pt"})
+    write_json(folder / CARD, card)
+
+
+def read_model(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights and the card that `save_model` wrote.
+
+    Raises:
+        InputError: a file is missing or damaged.
+    """
+    try:
+        card = json.loads((folder / CARD).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{folder} holds no {CARD}: name a run, or the folder of a model.") from error
+    except ValueError as error:
+        raise InputError(f"{folder / CARD} is damaged ({error}): copy the model again.") from error
+    return read_weights(folder / WEIGHTS), card

@@ -1,0 +1,164 @@
+"""What travels between the layers: batches, the clock, losses before division, and the options that more than one layer reads.
+
+Shape legend, used in every docstring:
+
+    B  images in a batch        N  channels of an image      H, W  height and width in px
+    C  classes                  D  width of the fused map    h, w  height and width of a feature map
+    S  strong views a sample    K  uniform numbers a view (len(VIEW))
+"""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from typing import Annotated, Literal, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+IGNORE = 255
+"""The mask value of a pixel that has no label."""
+
+
+class InputError(ValueError):
+    """The user's input is wrong. The message is one sentence that names the file or option and says what to change."""
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM. `code` is the exit code, 130 or 143."""
+
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the names it may have meant, else the known ones."""
+    known = sorted(names)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known[:20])}"
+
+
+VIEW = (
+    "jitter", "brightness", "contrast", "saturation", "hue", "grey", "blur", "sigma",
+    "mix", "area", "ratio", "top", "left",
+)  # fmt: skip
+"""Names of the uniform numbers in [0, 1) that belong to one strong view of one sample: the columns of `table`."""
+
+
+class _Batch:
+    """Moves all tensors of a frozen dataclass at once; without `pin_memory` a DataLoader leaves one unpinned without a word."""
+
+    def _map(self, change) -> Self:  # type: ignore[no-untyped-def]
+        return replace(self, **{f.name: change(getattr(self, f.name)) for f in fields(self)})  # type: ignore[type-var, arg-type]
+
+    def pin_memory(self) -> Self:
+        return self._map(lambda t: t.pin_memory())
+
+    def to(self, device: torch.device) -> Self:
+        return self._map(lambda t: t.to(device, non_blocking=True))
+
+
+@dataclass(frozen=True)
+class Labelled(_Batch):
+    """One batch of images with masks.
+
+    image (B, N, H, W) uint8 or uint16, the file's depth; mask (B, H, W) uint8 class ids or IGNORE;
+    valid (B, H, W) bool, False in padding; row (B,) int64, the row in the stream's pool.
+    """
+
+    image: Tensor
+    mask: Tensor
+    valid: Tensor
+    row: Tensor
+
+
+@dataclass(frozen=True)
+class Unlabelled(_Batch):
+    """One batch of images without masks.
+
+    image (B, N, H, W) uint8 or uint16; valid (B, H, W) bool; table (B, S, K) float32 uniforms in [0, 1), columns VIEW;
+    partner (B,) int64, the slot whose image is mixed into this one: always another row where the pool has two;
+    row (B,) int64.
+    """
+
+    image: Tensor
+    valid: Tensor
+    table: Tensor
+    partner: Tensor
+    row: Tensor
+
+    def view(self, index: int) -> dict[str, Tensor]:
+        """The uniform numbers of strong view `index`, by name, each (B,) float32."""
+        return dict(zip(VIEW, self.table[:, index].unbind(1), strict=True))
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Where a run is: `step` of `total`, counted from 0."""
+
+    step: int
+    total: int
+
+    @property
+    def progress(self) -> float:
+        return self.step / self.total
+
+
+@dataclass(frozen=True)
+class Share:
+    """A loss before it is divided, so that the counts of several processes can be added first.
+
+    value = total / count, times over / count where `over` is given; 0 where the count is 0.
+    `total` is a scalar in nats that carries the graph also where nothing was selected.
+    """
+
+    total: Tensor
+    count: Tensor
+    over: Tensor | None = None
+
+
+class Options(BaseModel):
+    """Base of every group of options: frozen, and an unknown name is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+Side = Annotated[int, Field(gt=0)]
+
+
+class InferenceConfig(Options):
+    """How an image is turned into a mask, in evaluation and in prediction."""
+
+    window: tuple[Side, Side] | None = None
+    """(H, W) in px of a sliding window; none: the whole image at once."""
+    stride: Annotated[float, Field(gt=0, le=1)] = 2 / 3
+    """Step of the window as a share of its side; the last window is shifted back inside."""
+    flip: bool = False
+    """Average with the mirrored image."""
+    scales: tuple[Annotated[float, Field(gt=0)], ...] = (1.0,)
+    """Average over the image resized by these factors."""
+
+
+class TrainConfig(Options):
+    """Length, size and bookkeeping of a run."""
+
+    steps: Side = 20_000
+    batch: Side = 8
+    """Images a step and stream, over all processes."""
+    crop: tuple[Side, Side] = (320, 320)
+    """(H, W) in px."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["bf16", "fp32"] = "fp32"
+    channels_last: bool = False
+    threads: Annotated[int, Field(ge=0)] = 0
+    """CPU threads of torch; 0: physical cores. They change the last bits of a run, so the resolved recipe keeps them."""
+    workers: Annotated[int, Field(ge=0)] = 1
+    """Processes that read images."""
+    log_every: Side = 10
+    evaluations: Side = 5
+    """How often val is evaluated, evenly spaced and at the end; the best of these is delivered."""
+    save_every: Side = 200
+    keep: tuple[Annotated[float, Field(gt=0, le=1)], ...] = ()
+    """Shares of the run at which the model is stored under `kept/`, to look at how it came about."""
