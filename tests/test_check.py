@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from semiseg.data import check as module
-from semiseg.data.check import Report, check, contact_sheet, leaks
+from semiseg.data.check import Report, check, class_pixels, contact_sheet, leaks
 from semiseg.data.formats import write_mask
 from semiseg.data.splits import Data, DataConfig, load_data
 from semiseg.types import IGNORE, InputError
@@ -96,8 +96,13 @@ def test_text_of_a_report(root: Path) -> None:
     assert lines[1] == "images: 4 labelled, 2 unlabelled, 2 val, 3 test"
     assert lines[2] == "sizes (H x W in px): 10 of 48x48, 1 of 24x48"
     assert lines[3].split() == ["labelled", "val", "test"]
-    assert lines[6].split() == ["rare", "33.33", "%", "4", "16.67", "%", "1", "33.33", "%", "2"]
+    assert lines[6].split() == ["rare", "33.33", "%", "4", "16.67", "%", "1", "26.67", "%", "2"]
     assert lines[7].split() == ["ignored", "0.00", "%", "0", "16.67", "%", "1", "0.00", "%", "0"]
+
+
+def test_class_pixels_are_those_of_the_report(root: Path) -> None:
+    put(root, "train", "a", scene(0), mask_of(0, 1, IGNORE))
+    assert class_pixels(load(root)).tolist() == report(root).pixels["labelled"][:-1].tolist()
 
 
 def test_mask_of_another_size(root: Path) -> None:
@@ -243,6 +248,7 @@ def test_many_unlabelled_images_are_sampled(root: Path, monkeypatch: pytest.Monk
     found = report(root)
     assert found.images["unlabelled"] == 11
     assert found.sizes[0][1] == 8 + 4
+    the_one(found.warnings, "one in 3 was opened here: 4")
 
 
 def test_leaks_opens_each_file_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

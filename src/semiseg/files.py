@@ -5,7 +5,7 @@ import math
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from semiseg.types import InputError
@@ -37,7 +37,8 @@ def replacing(path: Path) -> Iterator[Path]:
             f"{path} could not be written ({reason}): {kept}free some space or choose another folder."
         ) from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # it may never have come to be
+            part.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

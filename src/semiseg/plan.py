@@ -222,7 +222,7 @@ def _time_steps(recipe: Recipe) -> float:
     build = Build(len(data.classes), recipe.data.channels, network, recipe.optim, 0, precision, True, None, device)
     method = methods.find(recipe.method.name)(recipe.method.options, build)
     assert isinstance(method, methods.StepMethod)
-    method.to(device).train()
+    method.to(device)
     streams = method.streams(data, recipe.train.batch, recipe.train.crop)
     timetable = Timetable(next(iter(streams.values())).phases, recipe.train.steps * recipe.train.batch)
     steps = Steps(streams, timetable, data, 0)

@@ -1,4 +1,4 @@
-"""What travels between the layers: batches, the clock, losses before division, and the options that more than one layer reads.
+"""What travels between the layers: batches, the clock, losses before division, and options that several layers read.
 
 Shape legend, used in every docstring:
 
@@ -7,14 +7,18 @@ Shape legend, used in every docstring:
     S  strong views a sample    K  uniform numbers a view (len(VIEW))
 """
 
+from __future__ import annotations
+
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
-from typing import Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
+
+if TYPE_CHECKING:  # the command line imports this file first, and torch takes seconds
+    import torch
+    from torch import Tensor
 
 IGNORE = 255
 """The mask value of a pixel that has no label."""
@@ -24,8 +28,8 @@ class InputError(ValueError):
     """The user's input is wrong. The message is one sentence that names the file or option and says what to change."""
 
 
-class Interrupted(Exception):
-    """Ctrl-C or SIGTERM. `code` is the exit code, 130 or 143."""
+class Interrupted(BaseException):
+    """Ctrl-C or SIGTERM; no Exception, as those are caught where damaged files are read. `code` is 130 or 143."""
 
     def __init__(self, code: int, text: str) -> None:
         super().__init__(text)
@@ -33,10 +37,12 @@ class Interrupted(Exception):
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """The end of a message about an unknown name: the names it may have meant, else the known ones."""
-    known = sorted(names)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known[:20])}"
+    """The end of a sentence about an unknown name: the names it may have meant, else the known ones."""
+    known = {item.lower(): item for item in sorted(names)}
+    near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
+    if near:
+        return f"did you mean {' or '.join(known[item] for item in near)}?"
+    return f"known: {', '.join([*known.values()][:20])}{', ...' * (len(known) > 20)}."
 
 
 VIEW = (
@@ -47,7 +53,7 @@ VIEW = (
 
 
 class _Batch:
-    """Moves all tensors of a frozen dataclass at once; without `pin_memory` a DataLoader leaves one unpinned without a word."""
+    """Moves all tensors of a dataclass at once; a DataLoader silently leaves one without `pin_memory` unpinned."""
 
     def _map(self, change) -> Self:  # type: ignore[no-untyped-def]
         return replace(self, **{f.name: change(getattr(self, f.name)) for f in fields(self)})  # type: ignore[type-var, arg-type]
@@ -153,7 +159,7 @@ class TrainConfig(Options):
     precision: Literal["bf16", "fp32"] = "fp32"
     channels_last: bool = False
     threads: Annotated[int, Field(ge=0)] = 0
-    """CPU threads of torch; 0: physical cores. They change the last bits of a run, so the resolved recipe keeps them."""
+    """CPU threads of torch; 0: physical cores. They change the last bits of a run, so its recipe.yaml keeps them."""
     workers: Annotated[int, Field(ge=0)] = 1
     """Processes that read images."""
     log_every: Side = 10

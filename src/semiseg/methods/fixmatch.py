@@ -10,6 +10,7 @@ Deliberate differences from the released UniMatch code:
 - bilinear resizing with align_corners=False.
 """
 
+from contextlib import nullcontext
 from typing import Annotated, Literal
 
 import torch
@@ -25,6 +26,7 @@ from semiseg.ops.colour import strong, to_float
 from semiseg.ops.ema import ema_update, make_teacher
 from semiseg.ops.losses import masked_cross_entropy
 from semiseg.ops.mix import cutmix_box, mix
+from semiseg.ops.norm import kept_statistics
 from semiseg.ops.pseudo import pseudo_label
 from semiseg.types import Clock, Labelled, Options, Unlabelled
 
@@ -46,6 +48,9 @@ class FixMatch(StepMethod):
         """Decay of the teacher."""
         forward: Literal["apart", "joint"] = "apart"
         """Labelled images and strong views through the student apart, or as one batch: it decides what batch norm sees."""
+        statistics: Literal["all", "labelled"] = "all"
+        """Whose images move batch norm's running statistics, with which the teacher labels and the model is delivered:
+        labelled leaves out the strong views, whose colours no real image has (forward: apart only)."""
         jitter: tuple[Share, Share, Share, Annotated[float, Field(ge=0, le=0.5)]] = (0.5, 0.5, 0.5, 0.25)
         """Largest change of brightness, contrast, saturation and hue in the strong view."""
         cutmix: Share = 0.5
@@ -81,7 +86,9 @@ class FixMatch(StepMethod):
             both = self.student(torch.cat([to_float(labelled.image), image]))
             logits, logits_strong = both.split([len(labelled.image), len(image)])
         else:
-            logits, logits_strong = self.student(labelled.image), self.student(image)
+            logits = self.student(labelled.image)
+            with kept_statistics(self.student) if c.statistics == "labelled" else nullcontext():
+                logits_strong = self.student(image)
 
         # Divided by the valid pixels, not by the confident ones: the loss grows with the share of the image that is trusted.
         loss_unlabelled = masked_cross_entropy(logits_strong, label, selected, valid)

@@ -120,8 +120,9 @@ class SegNet(nn.Module):
 
     def _pad(self, image: Tensor) -> Tensor:
         height, width = image.shape[-2:]
+        more = [-(-side // self.multiple) * self.multiple - side for side in (height, width)]
         # Also where nothing is missing: a condition on the size would fix the size of an exported network.
-        return F.pad(image, (0, -width % self.multiple, 0, -height % self.multiple), mode="replicate")
+        return F.pad(image, (0, more[1], 0, more[0]), mode="replicate")
 
     def fuse(self, features: list[Tensor]) -> Tensor:
         """The maps of `encode` -> (B, D, h, w) at `stride`."""
