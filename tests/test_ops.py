@@ -470,9 +470,10 @@ def test_other_channel_counts_are_only_blurred(channels: int) -> None:
 
 
 def test_to_float() -> None:
-    for dtype, white in ((torch.uint8, 255), (torch.uint16, 65535), (torch.float64, 1.0)):
+    kinds = (torch.uint8, 255), (torch.uint16, 65535), (torch.bfloat16, 1.0), (torch.float64, 1.0)
+    for dtype, white in kinds:
         result = colour.to_float(torch.tensor([0, white], dtype=dtype))
-        assert result.dtype == torch.float32
+        assert result.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         assert result.tolist() == [0, 1]
 
 

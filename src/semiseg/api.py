@@ -2,7 +2,9 @@
 
 import shutil
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -15,31 +17,36 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from semiseg import methods, parallel
-from semiseg.config import SECTIONS, Recipe, load_recipe, override, parse
+from semiseg.config import SECTIONS, Recipe, load_recipe, parse
 from semiseg.data.check import Report, class_pixels, contact_sheet, leaks
 from semiseg.data.check import check as check_data
 from semiseg.data.formats import read_image
 from semiseg.data.loader import first_step
 from semiseg.data.sampling import Phase, Stream
-from semiseg.data.splits import Data, find_root, load_data
+from semiseg.data.splits import Data, load_data, located
+from semiseg.engine import checkpoint
 from semiseg.engine import compare as comparing
 from semiseg.engine import evaluate as evaluating
 from semiseg.engine.evaluate import Scores
-from semiseg.files import write_json, write_text
+from semiseg.engine.memory import memory_errors, smaller
 from semiseg.engine.predict import Prediction, Predictor, predict_files
 from semiseg.engine.session import Session
-from semiseg.networks.factory import Build, NetworkConfig, OptimConfig
+from semiseg.files import write_json, write_text
+from semiseg.networks.factory import Build, NetworkConfig, OptimConfig, find_weights
 from semiseg.networks.weights import read_model, save_model
 from semiseg.plan import plan
 from semiseg.types import InferenceConfig, InputError, Labelled, Options, nearest
 
 FREE = {("train", "workers"), ("train", "save_every"), ("train", "device")}
-"""Options that may change when a run goes on: the weights do not depend on them (the device: on one kind of machine)."""
+"""Options that may change when a run goes on: the weights do not depend on them (device: on one kind of machine)."""
+
+_THREADS = torch.get_num_threads()
+"""The machine's physical cores, unless the environment says otherwise; a run may change torch's own number."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """A trained model with its classes and preprocessing. `folder` holds the files; `results` what was measured, if it was."""
+    """A trained model with its classes and preprocessing; `folder` holds its files."""
 
     predictor: Predictor
     folder: Path
@@ -107,10 +114,10 @@ def train(
 def _recipe(
     source: str | Path | Recipe | Mapping[str, Any], overrides: list[str], out: Path, hours: float
 ) -> tuple[Recipe, Path | None]:
-    if isinstance(source, Recipe):
-        return parse(override(source.dump(), overrides), "recipe"), None
-    if isinstance(source, Mapping):
-        return parse(override(source, overrides), "recipe"), None
+    """The recipe, and the folder beside which its relative paths are looked for."""
+    if isinstance(source, Recipe | Mapping):
+        plain = source.dump() if isinstance(source, Recipe) else source
+        return parse(plain, "recipe", overrides=overrides), None
     path = Path(source)
     if not path.is_dir():
         return load_recipe(path, overrides), path.parent
@@ -118,7 +125,9 @@ def _recipe(
     stored = out / "recipe.yaml"
     if stored.exists():
         return load_recipe(stored, overrides), out
-    return parse(override(yaml.safe_load(plan(path, hours)), overrides), path), None
+    text = plan(path, hours)
+    print(text)
+    return parse(yaml.safe_load(text), path, overrides=overrides), path
 
 
 def _find(option: str) -> str:
@@ -144,29 +153,35 @@ def run(recipe: Recipe, out: Path, base: Path | None = None) -> Model:
     """Runs a recipe in the folder `out`; see `train`."""
     parallel.world()
     recipe, copies = _resolve(recipe, base)
-    stored = _check_folder(recipe, out)
+    recipe = _for_folder(recipe, out)
     if (out / "results.json").exists():
+        print(f"{out} holds this run, finished.")
         return load(out)
+    torch.set_num_threads(recipe.train.threads)
+    with _nothing_half_written(out), memory_errors(smaller(recipe.train)):
+        _run(recipe, out, base, copies)
+    return load(out)
+
+
+def _run(recipe: Recipe, out: Path, base: Path | None, copies: list[Path]) -> None:
     data = load_data(recipe.data)
     if problems := leaks(data):
         raise InputError(problems[0])
-    torch.set_num_threads(stored.train.threads)
     device = parallel.device(recipe.train.device)
     build = _build(recipe, data, device, base)
     method = methods.find(recipe.method.name, base)(recipe.method.options, build)
     if isinstance(method, nn.Module):
         method.to(device)
 
-    _write_recipe(stored, out, copies)
-    for line in (*data.notes, *build.report):
+    _write_recipe(recipe, out, copies)
+    for line in (_opening(recipe, data, device), *data.notes, *build.report):
         print(line)
     session = Session(out, recipe.train, recipe.evaluate, device)
     net = method.fit(session, data)
 
     split, rows = ("test", data.test) if len(data.test) else ("val", data.val)
     results = _results(recipe, data, session, split if len(rows) else None)
-    card = _card(recipe, data)
-    save_model(out / "model", net.state_dict(), card)
+    save_model(out / "model", net.state_dict(), _card(recipe, data))
     if len(rows):
         scores = evaluating.evaluate(net, rows, data, recipe.evaluate, device)
         evaluating.save_scores(out / "results.npz", scores)
@@ -177,66 +192,88 @@ def run(recipe: Recipe, out: Path, base: Path | None = None) -> Model:
             "images": len(rows),
         }
     write_json(out / "results.json", results)  # the last file: where it is, the run is finished
-    return load(out)
+
+
+def _opening(recipe: Recipe, data: Data, device: torch.device) -> str:
+    pools = {"labelled": data.labelled, "unlabelled": data.unlabelled, "val": data.val, "test": data.test}
+    images = ", ".join(f"{len(rows)} {name}" for name, rows in pools.items())
+    network = recipe.network.name if ":" in recipe.network.name else f"{recipe.network.name} {recipe.network.encoder}"
+    where = f"{device.type}, {recipe.train.threads} threads" if device.type == "cpu" else device.type
+    return f"{recipe.method.name}, {network}, {recipe.train.steps} steps on {where}; images: {images}"
 
 
 def _resolve(recipe: Recipe, base: Path | None) -> tuple[Recipe, list[Path]]:
-    """Paths made absolute and the number of threads fixed; the second value are the user's own code files, which the run keeps."""
-    threads = recipe.train.threads or torch.get_num_threads()
-    data = recipe.data.model_copy(update={"root": str(find_root(recipe.data.root, base).resolve())})
+    """Relative paths made absolute; the second value are the user's own code files, of which the run keeps a copy."""
     network = recipe.network
     if network.weights not in ("pretrained", "random"):
-        network = network.model_copy(update={"weights": str(find_root(network.weights, base).resolve())})
-    copies = []
-    for text in (recipe.method.name, recipe.network.name):
-        file = text.partition(":")[0]
-        if file.endswith(".py"):
-            copies.append((base or Path()) / file)
-    train_config = recipe.train.model_copy(update={"threads": threads})
-    return recipe.model_copy(update={"data": data, "network": network, "train": train_config}), copies
+        network = network.model_copy(update={"weights": str(find_weights(network.weights, base).resolve())})
+    names = (recipe.method.name, recipe.network.name)
+    copies = [(base or Path()) / name.partition(":")[0] for name in names if ".py:" in name]
+    return recipe.model_copy(update={"data": located(recipe.data, base), "network": network}), copies
 
 
-def _check_folder(recipe: Recipe, out: Path) -> Recipe:
-    """The recipe with the number of threads that the run began with.
+def _for_folder(recipe: Recipe, out: Path) -> Recipe:
+    """The recipe with the number of threads that the run began with, or that it will begin with.
 
     Raises:
         InputError: the folder holds something else, or cannot be written.
     """
     stored = out / "recipe.yaml"
     if stored.exists():
-        before = load_recipe(stored)
-        for section in SECTIONS:
-            old, new = before.dump()[section], recipe.dump()[section]
-            for key in old.keys() | new.keys():
-                if (section, key) in FREE | {("train", "threads")} or old.get(key) == new.get(key):
-                    continue
-                raise InputError(
-                    f"{out} holds a run with {section}.{key}={old.get(key)}, not {new.get(key)}: choose another --out, or remove that folder."
-                )
-        return before.model_copy(update={"train": recipe.train.model_copy(update={"threads": before.train.threads})})
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        threads = _same(load_recipe(stored), recipe, out)
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} holds something that is not a run: choose another --out.")
-    existing = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
+    else:
+        _check_writable(out)
+        threads = recipe.train.threads or _THREADS
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"threads": threads})})
+
+
+def _same(before: Recipe, recipe: Recipe, out: Path) -> int:
+    """The number of threads of the run that the folder holds."""
+    may_change = FREE if recipe.train.threads else FREE | {("train", "threads")}
+    for section in SECTIONS:
+        old, new = before.dump()[section], recipe.dump()[section]
+        for key in dict.fromkeys((*new, *old)):
+            if (section, key) not in may_change and old.get(key) != new.get(key):
+                raise InputError(
+                    f"{out} holds a run with {section}.{key}={old.get(key)}, not {new.get(key)}: "
+                    "choose another --out, or remove that folder."
+                )
+    return before.train.threads
+
+
+def _check_writable(out: Path) -> None:
+    existing = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.exists())
+    probe = existing / f".semiseg-{uuid.uuid4().hex}"
     try:
-        probe = existing / f".semiseg-{np.random.default_rng().integers(1 << 40)}"
         probe.touch()
         probe.unlink()
     except OSError as error:
         raise InputError(f"{out} cannot be written ({error.strerror}): choose another --out.") from error
-    return recipe
+
+
+@contextmanager
+def _nothing_half_written(out: Path) -> Iterator[None]:
+    """Takes away what a run wrote that ended before its first checkpoint: there is nothing to go on from."""
+    existed, goes_on = out.exists(), (out / "recipe.yaml").exists()
+    try:
+        yield
+    except BaseException:
+        if not goes_on and not any(out.rglob(checkpoint.LAST)):
+            shutil.rmtree(out, ignore_errors=True)
+            if existed:
+                out.mkdir()
+        raise
 
 
 def _write_recipe(recipe: Recipe, out: Path, copies: list[Path]) -> None:
     if (out / "recipe.yaml").exists():
         return
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for path in copies:
-            shutil.copy(path, out / path.name)
-        head = f"# semiseg {version('semiseg')}, commit {_commit()}\n"
-        write_text(out / "recipe.yaml", head + yaml.safe_dump(recipe.dump(), sort_keys=False, default_flow_style=None))
-    except OSError as error:
-        raise InputError(f"{out} cannot be written ({error.strerror}): choose another --out.") from error
+    for path in copies:
+        write_text(out / path.name, path.read_text(encoding="utf-8"))
+    head = f"# semiseg {version('semiseg')}, commit {_commit()}\n"
+    write_text(out / "recipe.yaml", head + yaml.safe_dump(recipe.dump(), sort_keys=False, default_flow_style=None))
 
 
 def _commit() -> str:
@@ -379,10 +416,10 @@ def evaluate(model: Model | str | Path, data: str | Path | Data | None = None, s
         data = data_of(data)
     splits = {"train": data.labelled, "val": data.val, "test": data.test}
     if split not in splits:
-        raise InputError(f"split {split} is unknown; {nearest(split, splits)}")
+        raise InputError(f"The split {split} is unknown; {nearest(split, splits)}")
     if not len(splits[split]):
-        there = ", ".join(name for name, rows in splits.items() if len(rows))
-        raise InputError(f"{data.name} has no {split} split; it has {there}.")
+        there = " or ".join(name for name, rows in splits.items() if len(rows))
+        raise InputError(f"{data.name} has no {split} split: choose {there}.")
     if data.classes != model.classes:
         raise InputError(
             f"{data.name} has the classes {', '.join(data.classes)}, the model {', '.join(model.classes)}."
@@ -420,7 +457,7 @@ def _recipe_and_data(path: Path, overrides: Iterable[str]) -> tuple[Recipe, Data
     if path.is_dir() and (path / "recipe.yaml").exists():
         path = path / "recipe.yaml"
     if path.is_dir():
-        recipe = parse(override(yaml.safe_load(plan(path)), overrides), path)
+        recipe = parse(yaml.safe_load(plan(path, None)), path, overrides=overrides)
     else:
         recipe = load_recipe(path, overrides)
     return recipe, load_data(recipe.data, path.parent)
@@ -461,7 +498,7 @@ def predict(
 
 
 def export(model: Model | str | Path, path: str | Path | None = None) -> tuple[Path, "Agreement"]:
-    """Writes the model as ONNX (float images in 0..1 to logits, any batch and size), runs it, and compares it with torch.
+    """Writes the model as ONNX (float images in 0..1 to logits, any batch and size), and compares it with torch.
 
     Returns:
         the file, with a `.json` of classes and preprocessing beside it, and how well the two agree.

@@ -2,10 +2,11 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, SerializeAsAny, ValidationError, field_serializer
+from pydantic_core import ErrorDetails
 
 from semiseg import methods
 from semiseg.data.splits import DataConfig
@@ -55,43 +56,65 @@ def load_recipe(path: Path | str, overrides: Iterable[str] = ()) -> Recipe:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist: name a recipe (a .yaml file) or a folder with images.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as a recipe: {error}.") from error
+    except IsADirectoryError as error:
+        raise InputError(f"{path} is a folder: name a recipe (a .yaml file).") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not a text file: name a recipe (a .yaml file).") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): name another recipe.") from error
     try:
         plain = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
+        raise InputError(f"{path} is not valid YAML ({_reason(error)}): correct it there.") from error
     if not isinstance(plain, dict):
-        raise InputError(f"{path} is not a recipe: it has no sections such as data, method and train.")
-    return parse(override(plain, overrides), path, path.parent)
+        raise InputError(f"{path} is not a recipe: write sections such as data, method and train into it.")
+    return parse(plain, path, path.parent, overrides)
 
 
-def parse(plain: Mapping[str, Any], source: Path | str, base: Path | None = None) -> Recipe:
-    """Checks plain values. `source` is named in errors; import strings of files are looked for beside `base`.
+def _reason(error: yaml.YAMLError) -> str:
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return " ".join(str(error).split())
+    mark = error.problem_mark
+    return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+
+
+def parse(
+    plain: Mapping[str, Any], source: Path | str, base: Path | None = None, overrides: Iterable[str] = ()
+) -> Recipe:
+    """Checks plain values after `section.key=value` overrides.
+
+    Args:
+        plain: sections with their options; an empty section stands for its defaults.
+        source: named in errors.
+        base: folder beside which import strings of files are looked for.
+        overrides: texts as on the command line.
 
     Raises:
         InputError: an option is unknown or out of its range.
     """
-    plain = dict(plain)
-    chosen = plain.get("method") or {"name": methods.DEFAULT}
-    if isinstance(chosen, str):
-        chosen = {"name": chosen}
-    if not isinstance(chosen, Mapping) or "name" not in chosen:
-        raise InputError(f"{source}: method needs a name, one of {', '.join(methods.METHODS)}")
+    overrides = list(overrides)
+    plain = override({section: value for section, value in plain.items() if value is not None}, overrides)
+    chosen = plain["method"] if "method" in plain else {}
+    chosen = {"name": chosen} if isinstance(chosen, str) else chosen
+    chosen = {"name": methods.DEFAULT, **chosen} if isinstance(chosen, Mapping) else {"name": None}
+    if not isinstance(chosen["name"], str):
+        raise InputError(f"{source}: method has no name: give one, {' or '.join(methods.METHODS)}.")
+    config = methods.find(chosen["name"], base).Config
     options = {key: value for key, value in chosen.items() if key != "name"}
-    config = methods.find(str(chosen["name"]), base).Config
     try:
         plain["method"] = {"name": chosen["name"], "options": config.model_validate(options)}
     except ValidationError as error:
-        raise InputError(explain(error, config, f"{source}: method")) from error
+        raise InputError(_explain(error, options, config, "method.", source, overrides)) from error
     try:
         return Recipe.model_validate(plain)
     except ValidationError as error:
-        raise InputError(explain(error, Recipe, str(source))) from error
+        raise InputError(_explain(error, plain, Recipe, "", source, overrides)) from error
 
 
 def override(plain: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """A copy with `section.key=value` texts applied; values are YAML (`train.crop=[128,160]`), `method=NAME` is short for its name.
+    """A copy with `section.key=value` texts applied.
+
+    Values are YAML (`train.crop=[128,160]`). `method=NAME` stands for its name, and the options of another method go.
 
     Raises:
         InputError: a text has another form.
@@ -100,20 +123,21 @@ def override(plain: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, An
     for text in overrides:
         name, equals, value = text.partition("=")
         keys = name.split(".")
-        if not equals or keys[0] not in SECTIONS:
-            hint = nearest(keys[0], SECTIONS)
-            raise InputError(
-                f"{text}: an override has the form section.key=value, with one of {', '.join(SECTIONS)}; {hint}"
-            )
+        if not equals:
+            raise InputError(f"{text}: an override has the form section.key=value, such as train.steps=600.")
+        if keys[0] not in SECTIONS:
+            raise InputError(f"{text}: there is no section {keys[0]}; {nearest(keys[0], SECTIONS)}")
         try:
             parsed = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise InputError(f"{text}: the value is not valid YAML.") from error
+            raise InputError(f"{text}: the value is not valid YAML ({_reason(error)}): correct it.") from error
         if keys == ["method"]:
-            result["method"] = {"name": parsed}  # another method: the options of the first do not fit
+            result["method"] = parsed if isinstance(parsed, Mapping) else {"name": parsed}
             continue
         if len(keys) == 1:
-            raise InputError(f"{text}: name the option too, as in {keys[0]}.{next(iter(_fields(keys[0])))}=...")
+            raise InputError(f"{text}: name the option too, as in {keys[0]}.{next(iter(_fields(keys[0])))}={value}.")
+        if isinstance(result.get("method"), str):
+            result["method"] = {"name": result["method"]}
         at = result
         for key in keys[:-1]:
             inner = at.get(key)
@@ -129,28 +153,97 @@ def _fields(section: str) -> dict[str, Any]:
     return dict(model.model_fields)
 
 
-def explain(error: ValidationError, model: type[BaseModel], source: str) -> str:
-    """The first mistake in one sentence: file, option, what is wrong, and for an unknown name the nearest one."""
+# ---- explaining --------------------------------------------------------------------------------------------------
+
+_TYPES = {
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "string_type": "text",
+    "tuple_type": "a list",
+    "dict_type": "a group of the form {name: value}",
+    "model_type": "a group of the form {option: value}",
+}
+_RANGES = {
+    "finite_number": "a finite number",
+    "greater_than": "above {gt:g}",
+    "greater_than_equal": "at least {ge:g}",
+    "less_than": "below {lt:g}",
+    "less_than_equal": "at most {le:g}",
+    "literal_error": "{expected}",
+    "missing": "a longer list",
+    "too_short": "a list of at least {min_length}",
+    "too_long": "a list of {max_length}",
+}
+"""Words for pydantic's types of errors, where a value is of another kind, and where it is out of its range."""
+
+
+def _explain(
+    error: ValidationError,
+    plain: Mapping[str, Any],
+    model: type[BaseModel],
+    prefix: str,
+    source: object,
+    texts: list[str],
+) -> str:
+    """The first mistake in one sentence: where, option, what is wrong, and for an unknown name the nearest one."""
     first = error.errors()[0]
-    place = [str(part) for part in first["loc"]]
-    option = ".".join(place)
-    if first["type"] == "extra_forbidden":
-        known = _options_at(model, place[:-1])
-        return f"{source}: {option} is unknown; {nearest(place[-1], known)}."
-    if first["type"] == "missing":
-        return f"{source}: {option} is missing."
-    reason = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    return f"{source}: {option} is {first['input']!r}, but it should be {reason}."
+    kind, location = first["type"], first["loc"]
+    place, siblings, example = _option(model, location)
+    option = prefix + ".".join(place)
+    if kind == "extra_forbidden":
+        option = prefix + ".".join(map(str, location))
+        sentence = f"{option} is unknown; {nearest(str(location[-1]), siblings)}"
+    elif kind == "value_error":
+        sentence = f"{first['msg'].removeprefix('Value error, ')}."
+    elif kind == "missing" and location == place:
+        sentence = f"{option} is missing: write it there."
+    else:
+        value: Any = plain
+        for name in place:
+            value = value[name]
+        alike = [detail for detail in error.errors() if detail["loc"][: len(place)] == place]
+        wanted = _wanted(alike, len(place), example)
+        sentence = f"{option} is {'empty' if value is None else repr(value)}, but {wanted}."
+    # The file is right where the command line is wrong; a value error is one of a whole section.
+    names = [text.partition("=")[0] for text in texts]
+    by_hand = [n for n in names if f"{option}.".startswith(f"{n}.") or (kind == "value_error" and n.startswith(option))]
+    return sentence if by_hand else f"{source}: {sentence}"
 
 
-def _options_at(model: type[BaseModel], place: list[str]) -> list[str]:
-    for key in place:
-        annotation = model.model_fields[key].annotation
-        models = [m for m in (annotation, *get_args(annotation)) if isinstance(m, type) and issubclass(m, BaseModel)]
-        if not models:
-            return []
-        model = models[0]
-    return list(model.model_fields)
+def _option(model: type[BaseModel], location: tuple[int | str, ...]) -> tuple[tuple[str, ...], Iterable[str], str]:
+    """The part of pydantic's location that names options, before elements and members of unions.
+
+    Returns:
+        the names, those beside the last one, and its default where that is a list.
+    """
+    names: list[str] = []
+    known, example = model.model_fields, ""
+    for part in location:
+        if part not in known:
+            break
+        field = known[str(part)]
+        names.append(str(part))
+        example = f" such as {list(field.default)}" if isinstance(field.default, tuple) and field.default else ""
+        inner = field.annotation
+        known = inner.model_fields if isinstance(inner, type) and issubclass(inner, BaseModel) else {}
+    return tuple(names), known, example
 
 
-__all__ = ["MethodConfig", "Recipe", "explain", "load_recipe", "override", "parse"]
+def _wanted(details: list[ErrorDetails], depth: int, example: str) -> str:
+    """What an option should be. Of the members of a union those count to which the value comes nearest."""
+    elements = [d for d in details if any(isinstance(part, int) or part == "[key]" for part in d["loc"][depth:])]
+    inside = [d for d in elements if d["type"] != "missing"]
+    words = []
+    for detail in inside or [d for d in details if d["type"] in _RANGES] or details:
+        kind = detail["type"]
+        word = _TYPES[kind] if kind in _TYPES else _RANGES[kind].format(**detail["ctx"] if "ctx" in detail else {})
+        words.append(word.replace("'", "") + example * ("list" in word))
+    return f"{'each entry' if inside else 'it'} should be {' or '.join(dict.fromkeys(words))}"
+
+
+__all__ = ["MethodConfig", "Recipe", "load_recipe", "override", "parse"]

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 from semiseg.types import InputError
 
@@ -31,14 +32,30 @@ def replacing(path: Path) -> Iterator[Path]:
         # torch and safetensors report a full disk in errors of their own.
         if not isinstance(error, OSError) and not any(word in str(error) for word in ("writ", "No space", "I/O")):
             raise
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error).splitlines()[0]
-        kept = "the previous file is still good; " if path.exists() else ""
-        raise InputError(
-            f"{path} could not be written ({reason}): {kept}free some space or choose another folder."
-        ) from error
+        kept = "the previous file is still good; " if path.is_file() else ""
+        raise _unwritable(path, error, kept) from error
     finally:
         with suppress(OSError):  # it may never have come to be
             part.unlink()
+
+
+@contextmanager
+def appending(path: Path) -> Iterator[TextIO]:
+    """A text file open at its end; the lines end as they are written.
+
+    Raises:
+        InputError: it cannot be written or the disk is full; a part of a line may be there.
+    """
+    try:
+        with path.open("a", encoding="utf-8", newline="") as file:
+            yield file
+    except OSError as error:
+        raise _unwritable(path, error, "") from error
+
+
+def _unwritable(path: Path, error: Exception, kept: str) -> InputError:
+    reason = (error.strerror if isinstance(error, OSError) else None) or str(error).splitlines()[0].rstrip(".")
+    return InputError(f"{path} could not be written ({reason}): {kept}free some space or choose another folder.")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,10 +1,10 @@
 """Writes a recipe for a folder: measures it, chooses, and gives each choice its reason as a comment."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,57 +14,76 @@ from scipy import ndimage
 
 from semiseg import methods, parallel
 from semiseg.config import Recipe, parse
-from semiseg.data.formats import image_size, mask_values, read_mask
+from semiseg.data.formats import image_channels, image_size, mask_values, read_mask
 from semiseg.data.loader import Steps
 from semiseg.data.sampling import Timetable
-from semiseg.data.splits import Data, DataConfig, load_data, looks_like_sequences
+from semiseg.data.splits import IMAGE_SUFFIXES, Data, DataConfig, load_data, looks_like_sequences, read_classes
 from semiseg.networks.factory import Build
 from semiseg.types import IGNORE, Clock, InputError
+
+T = TypeVar("T")
+Floats = NDArray[np.float64]
 
 SAMPLE = 100
 """Files that are measured, evenly spaced over the pool."""
 FEW_MASKS = 200
 """Below this a tenth of the masks is too few for a score, so folds are proposed."""
-SMALL_OBJECT = 8
-"""Px a side, two of a decoder's cells at stride 4: an object below it is lost."""
-MOST_STEPS = 40_000
-FEWEST_STEPS = 100
+CELL = 4
+"""Px a side of a decoder's cell (stride 4): an object below it is lost, and one of two cells is seen well."""
+FEWEST_STEPS, MOST_STEPS = 100, 40_000
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What the images and masks look like: medians in px, class shares 0..1 of the labelled pixels, side of the small objects."""
+    """What images and masks look like.
+
+    height, width   median in px
+    longest         longest side of the largest image, px
+    shares          of the labelled pixels by class, 0..1
+    small           the class with the smallest objects; three quarters of its pixels lie in objects of at least
+    side            px a side (root of the area), and
+    relative        this share of the image's longest side
+    steady          whether objects keep their size in px where images are larger, as under one microscope or satellite
+    """
 
     height: int
     width: int
-    largest: int
+    longest: int
     shares: dict[str, float]
-    object_side: float
-    object_class: str
+    small: str
+    side: float
+    relative: float
+    steady: bool
 
 
-def plan(folder: Path, hours: float = 1.0) -> str:
+def plan(folder: Path, hours: float | None = 1.0) -> str:
     """A recipe for a folder, as YAML with comments.
 
     Args:
         folder: images/ and masks/, divided into splits or not.
-        hours: how long the training may take on this machine.
+        hours: how long the training may take on this machine; none: the steps are left at their default, nothing is timed.
 
     Raises:
         InputError: the folder is unusable, or hours is not above zero.
     """
-    if hours <= 0:
-        raise InputError(f"--hours is {hours}, but it should be above 0.")
+    if hours is not None and not hours > 0:
+        raise InputError(f"--hours is {hours:g}, but it should be above 0.")
     data_lines, data = _data(folder)
     survey = _survey(data)
-    device = parallel.device("auto")
-    lines = {"data": data_lines, **_choices(data, survey, device)}
-    seconds = _time_steps(_recipe(lines))
-    # A tenth is left for the evaluations and the start.
-    steps = int(np.clip(0.9 * hours * 3600 / seconds, FEWEST_STEPS, MOST_STEPS))
-    short = " (the fewest that make sense: it will take longer)" if steps == FEWEST_STEPS else ""
-    lines["train"]["steps"] = (steps, f"three steps took {seconds:.2f} s each here: {hours:g} h{short}")
-    lines["train"]["save_every"] = (max(10, steps // 50), "a stop loses at most a fiftieth of the run")
+    lines = _choices(data, survey, parallel.device("auto"))
+    lines["data"] = data_lines | lines["data"]
+    if hours is not None:
+        seconds = _time_steps(_recipe(lines))
+        # A tenth is left for the evaluations and the start.
+        fitting = int(0.9 * hours * 3600 / seconds)
+        steps = int(np.clip(fitting, FEWEST_STEPS, MOST_STEPS))
+        why = f"{hours:g} h at {seconds:.2g} s a step, timed here"
+        if fitting < steps:
+            why = f"the fewest that make sense; at {seconds:.2g} s a step, timed here, longer than {hours:g} h"
+        elif fitting > steps:
+            why = f"more are rarely of use, although {hours:g} h have room for {fitting} ({seconds:.2g} s a step)"
+        lines["train"]["steps"] = (steps, why)
+        lines["train"]["save_every"] = (max(10, steps // 50), "steps between checkpoints: what a power cut may cost")
     return _yaml(folder, data, survey, lines)
 
 
@@ -73,6 +92,8 @@ Lines = dict[str, tuple[Any, str]]
 
 
 def _data(folder: Path) -> tuple[Lines, Data]:
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder: name one with images/ and masks/ in it.")
     split = (folder / "images" / "train").is_dir()
     lines: Lines = {
         "root": (str(folder.resolve()), "the folder"),
@@ -80,8 +101,8 @@ def _data(folder: Path) -> tuple[Lines, Data]:
         if split
         else ("folder", "images/ and masks/, paired by name"),
     }
-    if not (folder / "classes.json").is_file():
-        lines |= _classes(folder)
+    lines |= _channels(folder)
+    lines |= _classes(folder, lines)
     if not split:
         lines |= _division(load_data(_config(lines)))
     return lines, load_data(_config(lines))
@@ -91,116 +112,182 @@ def _config(lines: Lines) -> DataConfig:
     return parse({"data": {key: value for key, (value, _) in lines.items()}}, "the planned recipe").data
 
 
-def _classes(folder: Path) -> Lines:
-    """Class names for a folder that has no class file, from the values in its masks."""
-    masks = sorted(path for path in (folder / "masks").rglob("*") if path.is_file() and not path.name.startswith("."))
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != ".")
+
+
+def _channels(folder: Path) -> Lines:
+    """Left at 3 for grey images too: pretrained encoders expect three channels, and grey fills them all."""
+    counts = {_readable(image_channels, path) for path in _spread(_files(folder / "images"), 8)} - {None}
+    if len(counts) == 1 and not counts & {1, 3}:
+        return {"channels": (counts.pop(), "of the images; the encoder's first layer is adapted to them")}
+    if 1 in counts:
+        return {"channels": (3, "images are grey: each fills the three channels that pretrained encoders expect")}
+    return {}
+
+
+def _classes(folder: Path, lines: Lines) -> Lines:
+    """Class names where there is no class file, and ids for masks of 0 and 255, from the values in the masks."""
+    known = (folder / "classes.json").is_file()
+    if known and len(read_classes(_config(lines), folder)[0]) != 2:
+        return {}
+    masks = _spread(_files(folder / "masks"))
     if not masks:
-        raise InputError(f"{folder / 'masks'} has no mask: draw some, with the names of their images.")
-    values = sorted(set().union(*(mask_values(path) for path in _spread(masks))))
+        return {"classes": (["background", "object"], "")}  # what is lacking is said where the masks are looked for
+    values = sorted(set().union(*(_values(path, known) for path in masks)))
+    found: Lines = {}
+    names = ["background", *(f"class_{i}" for i in range(1, max([1, *(v for v in values if v != IGNORE)]) + 1))]
     if values == [0, IGNORE]:
-        return {
-            "classes": (["background", "object"], "names are free: there is no classes.json"),
-            "values": ({0: 0, IGNORE: 1}, "the masks hold 0 and 255: 255 is taken for the object, not for `no label`"),
-        }
-    ids = [value for value in values if value != IGNORE]
-    count = max([*ids, 1]) + 1
-    names = ["background", *(f"class_{i}" for i in range(1, count))]
-    return {"classes": (names, f"names are free: the masks hold {_some(ids)}, and there is no classes.json")}
+        why = "the masks hold 0 and 255: 255 is taken for class 1, not for `no label`"
+        found, names = {"values": ({0: 0, IGNORE: 1}, why)}, ["background", "object"]
+    if not known:
+        why = f"names are free, in the order of the ids; found: {_some(values)} in {len(masks)} masks"
+        found["classes"] = (names, why)
+    return found
+
+
+def _values(path: Path, known: bool) -> set[int]:
+    return mask_values(path) if not known else _readable(mask_values, path) or set()
+
+
+def _readable(function: Callable[[Path], T], path: Path) -> T | None:
+    """None where the file is damaged: what cannot be done without, its reader will name."""
+    try:
+        return function(path)
+    except InputError:
+        return None
 
 
 def _division(data: Data) -> Lines:
     names = data.labelled.image.tolist()
     grouped = looks_like_sequences(names, 5)
-    why_group = (
-        "names look like sequences: frames of one stay together" if grouped else "names do not look like sequences"
-    )
     if len(names) < 5:
-        raise InputError(
-            f"{data.config.root} has {len(names)} masks: draw at least five, so that some can be held out."
-        )
+        raise InputError(f"{data.config.root} has {len(names)} masks: draw at least five, to hold some out.")
     if len(names) < FEW_MASKS:
         lines: Lines = {
-            "folds": (
-                5,
-                f"{len(names)} masks are too few for one held-out part: run fold=0 to 4, each mask is tested once",
-            ),
-            "fold": (0, "this run tests the first of five parts"),
+            "folds": (5, f"{len(names)} masks are too few to hold out one part: each is tested once in five runs"),
+            "fold": (0, "this run tests the first part; run data.fold=1 to 4 too, and compare"),
         }
     else:
         lines = {
             "split": ([0.7, 0.15, 0.15], f"{len(names)} masks: train, val (chooses the checkpoint), test (is reported)")
         }
-    return lines | {"group": (grouped, why_group)}
+    why = "names look like sequences: frames of one stay together" if grouped else "names do not look like sequences"
+    return lines | {"group": (grouped, why)}
 
 
 def _survey(data: Data) -> Survey:
-    images = data.labelled + data.unlabelled
-    sizes = np.array([image_size(images[i].image) for i in _spread(range(len(images)))])
+    shapes = [_readable(image_size, data.unlabelled[i].image) for i in _spread(range(len(data.unlabelled)))]
     pixels = np.zeros(len(data.classes), dtype=np.int64)
-    sides: dict[int, list[float]] = {c: [] for c in range(len(data.classes))}
+    parts: list[list[Floats]] = [[] for _ in data.classes]
     for i in _spread(range(len(data.labelled))):
         path = data.labelled[i].mask
         assert path is not None
         mask = read_mask(path, data.code)
-        pixels += np.bincount(mask[mask != IGNORE], minlength=len(pixels))
+        shapes.append((mask.shape[0], mask.shape[1]))
+        pixels += np.bincount(mask.ravel(), minlength=IGNORE + 1)[: len(pixels)]
         for c in range(len(pixels)):
-            sides[c] += _object_sides(mask == c)
-    # The class with the smallest objects decides how far images may shrink; one that fills the image has none.
-    typical = {c: float(np.median(s)) for c, s in sides.items() if s}
-    smallest = min(typical, key=lambda c: typical[c], default=0)
+            parts[c].append(_objects(mask == c, i))
+    sizes = np.array([shape for shape in shapes if shape is not None])
+    objects = {name: np.concatenate(found) for name, found in zip(data.classes, parts, strict=True)}
+    # The class with the smallest objects decides how far images may shrink.
+    sides = {name: _quarter(found, 1) for name, found in objects.items() if len(found)}
+    small = min(sides, key=lambda name: sides[name], default=data.classes[0])
+    found = objects[small] if sides else np.array([[sizes.min(), 1.0, 0.0]])
     return Survey(
         height=int(np.median(sizes[:, 0])),
         width=int(np.median(sizes[:, 1])),
-        largest=int(sizes.max()),
+        longest=int(sizes.max()),
         shares=dict(zip(data.classes, (pixels / max(1, pixels.sum())).tolist(), strict=True)),
-        object_side=typical.get(smallest, float(sizes.min())),
-        object_class=data.classes[smallest],
+        small=small,
+        side=_quarter(found, 0),
+        relative=_quarter(found, 1),
+        steady=_steady(found),
     )
 
 
-def _object_sides(inside: NDArray[np.bool_]) -> list[float]:
-    """The root of the area, in px, of each connected part that is more than a speck."""
+def _objects(inside: NDArray[np.bool_], image: int) -> Floats:
+    """(n, 3) of the connected parts that are more than a speck: root of the area in px, the same as a share of the image's
+    longest side, and the image."""
     labels, count = ndimage.label(inside)
     areas = np.bincount(labels.ravel(), minlength=count + 1)[1:]
-    return [float(side) for side in np.sqrt(areas[areas >= 9])]
+    sides = np.sqrt(areas[areas >= 9])
+    return np.stack([sides, sides / max(inside.shape), np.full(len(sides), image)], axis=1)
+
+
+def _quarter(objects: Floats, column: int) -> float:
+    """The value of a column below which a quarter of the pixels lies: specks are many, but they are few pixels."""
+    order = objects[np.argsort(objects[:, column])]
+    pixels = np.cumsum(order[:, 0] ** 2)
+    return float(order[np.searchsorted(pixels, 0.25 * pixels[-1]), column])
+
+
+def _steady(objects: Floats) -> bool:
+    """Whether images differ in size, and objects differ less in px than as shares of their images."""
+    images = [objects[objects[:, 2] == image] for image in np.unique(objects[:, 2])]
+    px, shares = (np.array([np.median(found[:, column]) for found in images]) for column in (0, 1))
+    longest = px / shares
+    return bool(longest.max() > 1.2 * longest.min() and np.log(px).std() < np.log(shares).std())
 
 
 def _choices(data: Data, survey: Survey, device: torch.device) -> dict[str, Lines]:
     gpu = device.type == "cuda"
-    name = "a GPU" if gpu else "a CPU"
-    longest = max(survey.height, survey.width)
-    limit = 1024 if gpu else 256
-    # Never so small that the typical small object disappears, however slow that is.
-    needed = int(np.ceil(longest * SMALL_OBJECT / max(survey.object_side, 1)))
-    working = min(longest, max(limit, min(needed, 2 * limit)))
-    ratio = working / longest
-    side = survey.object_side * ratio
+    working, sizes = _working_size(survey, 1024 if gpu else 256)
+    ratio = 1 if survey.steady else working / max(survey.height, survey.width)
+    side = survey.side if survey.steady else survey.relative * working
     crop = [_crop(s * ratio, 320 if gpu else 160) for s in (survey.height, survey.width)]
-    low = float(np.clip(round(SMALL_OBJECT / max(side, 1), 2), 0.5, 1.0))
-    objects = f"objects of {survey.object_class} are about {side:.0f} px wide there"
-    sizes: Lines = {}
-    if survey.largest > working:
-        sizes["size"] = (
-            working,
-            f"longest side in px: images are {survey.width}x{survey.height}, and {name} works here; {objects}",
-        )
-    sizes["scale"] = ([low, 2.0], f"not below {SMALL_OBJECT} px for small objects: {objects}")
+    low = float(np.clip(np.ceil(100 * CELL / side) / 100, 0.5, 1.0))
+    sizes["scale"] = (
+        [low, 2.0],
+        f"range of the factor on a training image's size: objects of {survey.small} are mostly above {side:.0f} px, "
+        f"and should stay above {CELL}",
+    )
+    bf16 = gpu and torch.cuda.is_bf16_supported()
+    few = "half the memory" if bf16 else "this GPU has no bf16" if gpu else "bf16 is for GPUs"
     return {
-        "data+": sizes,
+        "data": sizes,
         "network": {
             "name": ("deeplabv3plus", "a good default"),
             "encoder": ("resnet50", "fits a GPU") if gpu else ("mobilenetv2_100", "fast enough for a CPU"),
+            "weights": (
+                "pretrained",
+                "fetched by timm; where that fails training starts from random weights, and says so",
+            ),
         },
-        "method": {
-            "name": (methods.DEFAULT, f"{len(data.labelled)} labelled and {len(data.unlabelled)} unlabelled images")
-        },
+        "method": {"name": (methods.DEFAULT, _why_method(data))},
         "train": {
-            "batch": (8, "images of each kind a step"),
-            "crop": (crop, "(height, width) in px, most of an image at its working size"),
-            "precision": ("bf16", "half the memory") if gpu and torch.cuda.is_bf16_supported() else ("fp32", f"{name}"),
+            "batch": (8, "labelled and as many unlabelled images a step"),
+            "crop": (crop, f"(height, width) in px of a training sample, out of {_working(survey, ratio)}"),
+            "precision": ("bf16" if bf16 else "fp32", few),
             "channels_last": (True, "the faster memory layout of convolutions"),
         },
     }
+
+
+def _working_size(survey: Survey, limit: int) -> tuple[int, Lines]:
+    """The longest side in px to work at, and the line that says so if images are resized."""
+    longest = max(survey.height, survey.width)
+    if survey.steady:
+        why = "images keep their sizes: objects are of like size in px in small and large ones"
+        return longest, {"size": (None, why)}
+    # Never so small that small objects go under, however slow that is.
+    needed = int(np.ceil(2 * CELL / survey.relative / 32) * 32)
+    working = min(longest, max(limit, min(needed, 2 * limit)))
+    if survey.longest <= working:
+        return working, {}
+    side = survey.relative * working
+    why = f"longest side in px, from mostly {survey.width}x{survey.height}: objects of {survey.small} are then mostly above"
+    return working, {"size": (working, f"{why} {side:.0f} px")}
+
+
+def _working(survey: Survey, ratio: float) -> str:
+    return f"mostly {survey.width * ratio:.0f}x{survey.height * ratio:.0f} (width x height)"
+
+
+def _why_method(data: Data) -> str:
+    if set(data.labelled.names) <= set(data.unlabelled.names):
+        return "no image lacks a mask, so those with one serve twice; see whether method=supervised does as well"
+    return f"{len(data.labelled)} labelled and {len(data.unlabelled)} unlabelled images"
 
 
 def _crop(side: float, most: int) -> int:
@@ -210,7 +297,6 @@ def _crop(side: float, most: int) -> int:
 
 def _recipe(lines: dict[str, Lines]) -> Recipe:
     plain = {section: {key: value for key, (value, _) in options.items()} for section, options in lines.items()}
-    plain["data"] |= plain.pop("data+")
     return parse(plain, "the planned recipe")
 
 
@@ -240,31 +326,25 @@ def _time_steps(recipe: Recipe) -> float:
 
 def _yaml(folder: Path, data: Data, survey: Survey, lines: dict[str, Lines]) -> str:
     shares = ", ".join(f"{name} {100 * share:.2g} %" for name, share in survey.shares.items())
+    pools = {"labelled": data.labelled, "unlabelled": data.unlabelled, "val": data.val, "test": data.test}
     text = [
-        f"# Written by `semiseg init {folder}`. Train with: semiseg train THIS_FILE --out runs/{folder.resolve().name}",
-        f"# {len(data.labelled)} labelled, {len(data.unlabelled)} unlabelled, {len(data.val)} val, {len(data.test)} test images;"
-        f" typically {survey.width}x{survey.height} px.",
+        f"# Written by `semiseg init {folder}`; the defaults of what is not here: semiseg methods, and the guide.",
+        f"# Images: {', '.join(f'{len(rows)} {name}' for name, rows in pools.items())}.",
         f"# Labelled pixels: {shares}.",
     ]
-    merged = dict(lines)
-    merged["data"] = lines["data"] | merged.pop("data+")
-    for section, options in merged.items():
+    for section, options in lines.items():
         text += ["", f"{section}:"]
         for key, (value, reason) in options.items():
-            plain = (
-                yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True)
-                .removesuffix("\n...\n")
-                .strip()
-            )
-            text.append(f"  {key}: {plain}  # {reason}")
+            plain = yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True)
+            text.append(f"  {key}: {plain.removesuffix(chr(10) + '...' + chr(10)).strip()}  # {reason}")
     return "\n".join(text) + "\n"
 
 
-def _spread(items: Sequence[Any]) -> list[Any]:
-    """At most SAMPLE of the items, evenly spaced."""
-    if len(items) <= SAMPLE:
+def _spread(items: Sequence[T], most: int = SAMPLE) -> list[T]:
+    """At most so many of the items, evenly spaced."""
+    if len(items) <= most:
         return list(items)
-    return [items[int(i)] for i in np.linspace(0, len(items) - 1, SAMPLE)]
+    return [items[int(i)] for i in np.linspace(0, len(items) - 1, most)]
 
 
 def _some(values: list[int]) -> str:

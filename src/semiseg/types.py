@@ -142,7 +142,7 @@ class InferenceConfig(Options):
     """Step of the window as a share of its side; the last window is shifted back inside."""
     flip: bool = False
     """Average with the mirrored image."""
-    scales: tuple[Annotated[float, Field(gt=0)], ...] = (1.0,)
+    scales: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (1.0,)
     """Average over the image resized by these factors."""
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from semiseg.data.cache import cache_dir, open_image, open_mask, open_pair
-from semiseg.data.formats import Colour, read_image
+from semiseg.data.formats import Colour
 from semiseg.data.rows import Row, Rows
 from semiseg.data.splits import Data, looks_like_sequences, prefixes, some
 from semiseg.files import replacing, write_json
@@ -133,18 +133,20 @@ def check(data: Data) -> Report:
 def leaks(data: Data) -> tuple[str, ...]:
     """The problems of identical decoded images in two of labelled, val and test, one sentence each.
 
-    Decodes each image once: hashes are kept in `cache_dir()` by path, size and time of change.
-    Raises InputError where an image cannot be read.
+    Decodes each image and its mask once: hashes are kept in `cache_dir()` by path, size and time of change.
+    Raises InputError where one cannot be used.
     """
     place = cache_dir() / "pixels" / f"{_hash(data.labelled.root.encode())}.json"
     known = _remembered(place)
     pools = {name: (rows, [_key(row, data) for row in rows]) for name, rows in _scored(data).items()}
-    new = {key: row.image for rows, keys in pools.values() for key, row in zip(keys, rows, strict=True)}
-    new = {key: path for key, path in new.items() if key not in known}
+    new = {key: row for rows, keys in pools.values() for key, row in zip(keys, rows, strict=True) if key not in known}
     if new:
+
+        def digest(row: Row) -> str:
+            return _digest(open_pair(row, data.config.channels, data.code, None, False)[0])
+
         with ThreadPoolExecutor(_OPENED_AT_ONCE) as threads:
-            digests = threads.map(lambda path: _digest(read_image(path, data.config.channels)), new.values())
-            known |= dict(zip(new, digests, strict=True))
+            known |= dict(zip(new, threads.map(digest, new.values()), strict=True))
         _remember(place, known)
     return tuple(_identical({name: (rows, [known[key] for key in keys]) for name, (rows, keys) in pools.items()}))
 
@@ -349,11 +351,16 @@ def _sequences(data: Data) -> list[str]:
 
 
 def _key(row: Row, data: Data) -> str:
-    try:
-        stat = row.image.stat()
-    except OSError as error:
-        raise InputError(f"{row.image} cannot be read ({error.strerror}): restore it.") from None
-    return f"{row.image} {stat.st_size} {stat.st_mtime_ns} {data.config.channels}"
+    """Names the pair as it is now, and what its reading depends on."""
+    assert row.mask is not None
+    parts = [repr(data.code), str(data.config.channels)]
+    for path in (row.image, row.mask):
+        try:
+            stat = path.stat()
+        except OSError as error:
+            raise InputError(f"{path} cannot be read ({error.strerror}): restore it.") from None
+        parts += [str(path), str(stat.st_size), str(stat.st_mtime_ns)]
+    return _hash("\n".join(parts).encode())
 
 
 def _remembered(place: Path) -> dict[str, str]:

@@ -329,6 +329,12 @@ def image_size(path: Path) -> tuple[int, int]:
     return pixels.shape[0], pixels.shape[1]
 
 
+def image_channels(path: Path) -> int:
+    """Channels of an image's pixels, alpha left out. Raises InputError like `read_image`."""
+    pixels, alpha = _decode(path, raw=False)
+    return int(pixels.shape[2]) - alpha
+
+
 def mask_values(path: Path) -> set[int]:
     """The raw values in a mask file, before any class list.
 

@@ -147,7 +147,7 @@ def first_step(streams: Mapping[str, Stream], data: Data, seed: int) -> dict[str
 
 
 def _quiet_worker(_: int) -> None:
-    # Ctrl-C reaches the whole process group; the main process answers it and ends its workers.
+    # Both may reach the whole process group; the main process answers them and ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)

@@ -88,7 +88,7 @@ class DataConfig(Options):
         if self.group and self.split is None and self.folds is None:
             raise ValueError("data.group needs data.split or data.folds: set one of them, or group to false")
         if self.fold >= (self.folds or 1):
-            raise ValueError(f"data.fold must be from 0 to data.folds - 1, not {self.fold} of {self.folds}")
+            raise ValueError(f"data.fold is {self.fold}: set data.folds above it, or lower it")
         if isinstance(self.labelled, int) and self.labelled < 1:
             raise ValueError("data.labelled must be at least 1")
         if self.scale[0] > self.scale[1]:
@@ -128,7 +128,8 @@ def load_data(config: DataConfig, base: Path | None = None) -> Data:
     Raises:
         InputError: nothing is there, nothing is labelled, or an option asks for what the data does not have.
     """
-    root = find_root(config.root, base)
+    config = located(config, base)
+    root = Path(config.root)
     folder, name = (root.parent, root.stem) if config.format == "csv" else (root, root.name)
     found = _READERS[config.format](root)
     classes, palette, code = read_classes(config, folder)
@@ -139,7 +140,7 @@ def load_data(config: DataConfig, base: Path | None = None) -> Data:
     masked = np.flatnonzero(found.train.masked)
     if not len(masked):
         raise InputError(f"{root} has no labelled image: add masks{_below(found.prefix.replace('images', 'masks'))}.")
-    chosen, drawn = _choose(config, found, masked, code, [base or Path.cwd(), folder, *_shared_data()])
+    chosen, drawn = _choose(config, found, masked, code)
     unlabelled = _unlabelled(config, found, chosen)
     return Data(
         name=name,
@@ -160,9 +161,21 @@ def _below(prefix: str) -> str:
     return f" below {prefix} (an image and its mask have the same name)" if prefix else " to the CSV"
 
 
-def find_root(root: str, base: Path | None) -> Path:
-    """The absolute path of `data.root`, looked for beside `base` (none: the working directory) and in $SEMISEG_DATA."""
-    return _find(root, [base or Path.cwd(), *_shared_data()], "data.root")
+def located(config: DataConfig, base: Path | None) -> DataConfig:
+    """The same options with absolute paths, so that they mean the same anywhere.
+
+    `root` is looked for beside `base` (none: the working directory) and in $SEMISEG_DATA; an id file in the data too.
+
+    Raises:
+        InputError: a path is nowhere.
+    """
+    places = [base or Path.cwd(), *_shared_data()]
+    root = _find(config.root, places, "data.root")
+    labelled = config.labelled
+    if isinstance(labelled, str) and labelled != "all" and _share(labelled) is None:
+        folder = root.parent if config.format == "csv" else root
+        labelled = str(_find(labelled, [places[0], folder, *places[1:]], "data.labelled"))
+    return config.model_copy(update={"root": str(root), "labelled": labelled})
 
 
 def _shared_data() -> list[Path]:
@@ -515,9 +528,7 @@ def looks_like_sequences(names: Sequence[str], folds: int) -> bool:
 # ------------------------------------------------------------------------------------------------------------- drawing
 
 
-def _choose(
-    config: DataConfig, found: _Found, masked: Indices, code: MaskCode, places: Iterable[Path]
-) -> tuple[Indices, str]:
+def _choose(config: DataConfig, found: _Found, masked: Indices, code: MaskCode) -> tuple[Indices, str]:
     """The labelled rows among the `masked` training rows, in the pool's order, and how they came about in words."""
     wanted, have = config.labelled, len(masked)
     if wanted is None or wanted == "all":
@@ -525,7 +536,7 @@ def _choose(
     if isinstance(wanted, str):
         share = _share(wanted)
         if share is None:
-            return _listed(_find(wanted, places, "data.labelled"), found, masked)
+            return _listed(Path(wanted), found, masked)
         wanted = max(1, int(share * have + Fraction(1, 2)))
     if wanted > have:
         raise InputError(f"data.labelled asks for {wanted} images, but {have} training images have a mask: lower it.")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from semiseg.data.cache import open_image, open_mask
 from semiseg.data.rows import Rows
 from semiseg.data.splits import Data
+from semiseg.engine.memory import memory_errors
 from semiseg.files import replacing
 from semiseg.ops.colour import to_float
 from semiseg.ops.metrics import confusion, iou
@@ -79,7 +80,19 @@ def to_tensor(image: NDArray[np.generic]) -> Tensor:
 
 @torch.no_grad()
 def probabilities(net: Network, image: Tensor, config: InferenceConfig) -> Tensor:
-    """Class probabilities (1, C, H, W) of one image (1, N, H, W), averaged over scales, mirror images and windows."""
+    """Class probabilities (1, C, H, W) of one image (1, N, H, W), averaged over scales, mirror images and windows.
+
+    Raises:
+        InputError: the memory does not suffice.
+    """
+    height, width = image.shape[2:]
+    side = max(32, min(config.window or (height, width)) // 2 // 32 * 32)
+    advice = f"evaluate.window=[{side},{side}] in a recipe, or --window {side} of evaluate and predict"
+    with memory_errors(f"on an image of {width}x{height} px: let it be seen in parts by {advice}"):
+        return _probabilities(net, image, config)
+
+
+def _probabilities(net: Network, image: Tensor, config: InferenceConfig) -> Tensor:
     size = (image.shape[2], image.shape[3])
     views = []
     for scale in config.scales:

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from semiseg.files import replacing, write_text
+from semiseg.files import appending, replacing, write_text
 
 PANELS = {"loss": "losses", "rate": "learning rates", "val": "validation", "": "other"}
 """Which panel of curves.png a metric belongs to, by how its name begins; the first that fits."""
@@ -54,7 +54,7 @@ class Log:
         self.rows.setdefault(step, {}).update(values)
         self.columns |= dict.fromkeys(values)
         if append:
-            with self.file.open("a", encoding="utf-8", newline="") as file:
+            with appending(self.file) as file:
                 csv.writer(file).writerow(self._cells(step))
         else:
             self._rewrite()

@@ -1,7 +1,7 @@
 """The loop: batches in, one `method.step` each, and at their intervals the log, the evaluation and the checkpoint.
 
-It knows no method. Everything that a step may depend on is a function of the step's number or stands in the checkpoint, so a run
-that was killed ends with the same weights, bit for bit.
+It knows no method. Everything that a step may depend on is a function of the step's number or stands in the checkpoint,
+so a run that was killed ends with the same weights, bit for bit.
 """
 
 import signal
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from semiseg.data.splits import Data
 from semiseg.engine import checkpoint
 from semiseg.engine.evaluate import evaluate
 from semiseg.engine.log import Log, peak_memory
+from semiseg.engine.memory import memory_errors, smaller
 from semiseg.files import replacing
 from semiseg.types import Clock, InferenceConfig, InputError, Interrupted, TrainConfig
 
@@ -58,6 +59,10 @@ class Progress:
     peak_gb: float = 0.0
     skipped: dict[str, str] = field(default_factory=dict)
 
+    def lacks(self, step: int, evaluations: set[int]) -> bool:
+        """Whether the evaluation that is due at `step` was interrupted."""
+        return step in evaluations and (self.last is None or self.last["step"] != step)
+
 
 @dataclass(frozen=True)
 class Session:
@@ -76,6 +81,10 @@ class Session:
     def weights(self) -> Path:
         return self.folder / "checkpoints"
 
+    @property
+    def delivered(self) -> Path:
+        return self.weights / "delivered.safetensors"
+
     def progress(self) -> Progress:
         """What the stage's checkpoint says."""
         state = checkpoint.load(self.weights)
@@ -90,31 +99,36 @@ class Session:
         """
         c = self.config
         streams = streams or method.streams(data, c.batch, c.crop)
-        timetables = [Timetable(stream.phases, c.steps * c.batch) for stream in streams.values()]
-        assert len({t.steps for t in timetables}) == 1, "the streams of a method have the same number of steps"
-        timetable, total = timetables[0], timetables[0].steps
-        delivered = self.weights / "delivered.safetensors"
-
-        state = checkpoint.load(self.weights)
-        start, progress = (state["step"], Progress(**state["progress"])) if state else (0, Progress())
-        if state:
-            method.load_state_dict(state["method"])
-            for name, optimizer in method.optimizers.items():
-                optimizer.load_state_dict(state["optimizers"][name])
-        if start == total:
-            checkpoint.load_weights(delivered, method.predictor())
-            return method.predictor()
-
+        timetable = _timetable(streams, c.steps * c.batch)
+        total = timetable.steps
+        start, progress = self._restore(method)
         evaluations = {round(total * (i + 1) / c.evaluations) for i in range(c.evaluations)} | {total}
+        evaluations = evaluations - {0} if len(data.val) else set()
+        if start == total and not progress.lacks(start, evaluations):
+            checkpoint.load_weights(self.delivered, method.predictor())
+            return method.predictor()
         kept = {round(total * share): share for share in c.keep}
-        with Log(self.folder, total, start) as log, _signals() as signals, self._memory_errors():
+        with Log(self.folder, total, start) as log, _Signals() as signals, memory_errors(smaller(c)):
             if start:
                 log.line(f"going on at step {start} of {total}")
+            began, before = time.perf_counter(), progress.seconds
+
+            def save(done: int) -> None:
+                progress.seconds = before + time.perf_counter() - began
+                self._save(method, progress, done, done == total and not progress.lacks(done, evaluations))
+                if signals.received is not None:
+                    raise Interrupted(
+                        128 + signals.received,
+                        f"Stopped at step {done} of {total}: the same command goes on from there.",
+                    )
+
+            if progress.lacks(start, evaluations):
+                self._evaluate(method.predictor(), data, start, progress, log, signals)
+                save(start)
             sums: dict[str, Tensor] = {}
             summed, images, since = 0, 0, time.perf_counter()
             bad = torch.full((), -1, dtype=torch.int64, device=self.device)
             loader = steps(Steps(streams, timetable, data, c.seed), start, c.workers, self.device.type == "cuda")
-            began, before = time.perf_counter(), progress.seconds
             for step, item in enumerate(loader, start):
                 rate = method.schedule.rate(step / total) * timetable.at(step)[0].rate
                 for optimizer in method.optimizers.values():
@@ -134,9 +148,8 @@ class Session:
                         log.line(f"skipped an unlabelled image: {reason}")
 
                 done = step + 1
-                stop = signals[0] if signals else None
-                evaluating = done in evaluations and len(data.val) > 0
-                saving = done % c.save_every == 0 or done == total or evaluating or stop is not None
+                evaluating = done in evaluations
+                saving = done % c.save_every == 0 or done == total or evaluating or signals.received is not None
                 if done % c.log_every == 0 or saving:
                     self._check_finite(int(bad), streams, timetable)
                     values = {name: float(value) / summed for name, value in sums.items()}
@@ -145,35 +158,34 @@ class Session:
                     log.progress(step, values, speed)
                     sums, summed, images, since = {}, 0, 0, time.perf_counter()
                 if evaluating:
-                    self._evaluate(method.predictor(), data, done, progress, log)
+                    self._evaluate(method.predictor(), data, done, progress, log, signals)
                     since = time.perf_counter()
                 if done in kept:
                     checkpoint.save_weights(self.folder / "kept" / f"{kept[done]:g}.safetensors", method.predictor())
                 if saving:
-                    progress.seconds = before + time.perf_counter() - began
-                    progress.peak_gb = max(progress.peak_gb, peak_memory())
-                    if done == total:
-                        self._deliver(method.predictor(), progress, delivered)  # before the checkpoint that says so
-                    optimizers = {name: optimizer.state_dict() for name, optimizer in method.optimizers.items()}
-                    record = {
-                        "step": done,
-                        "method": method.state_dict(),
-                        "optimizers": optimizers,
-                        "progress": vars(progress),
-                    }
-                    checkpoint.save(self.weights, record)
-                    self._drop_old_best(progress)
-                if stop is not None and done < total:
-                    raise Interrupted(
-                        128 + stop,
-                        f"stopped at step {done}; the checkpoint is written, the same command goes on from there",
-                    )
+                    save(done)
             log.curves()
-        checkpoint.load_weights(delivered, method.predictor())
+        checkpoint.load_weights(self.delivered, method.predictor())
         return method.predictor()
 
-    def _evaluate(self, net: nn.Module, data: Data, done: int, progress: Progress, log: Log) -> None:
-        scores = evaluate(net, data.val, data, self.inference, self.device)
+    def _restore(self, method: Trainable) -> tuple[int, Progress]:
+        """Puts the checkpoint's state into the method; the step to go on with, and the progress so far."""
+        state = checkpoint.load(self.weights)
+        if state is None:
+            return 0, Progress()
+        method.load_state_dict(state["method"])
+        for name, optimizer in method.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+        return state["step"], Progress(**state["progress"])
+
+    def _evaluate(
+        self, net: nn.Module, data: Data, done: int, progress: Progress, log: Log, signals: "_Signals"
+    ) -> None:
+        try:
+            with signals.at_once():
+                scores = evaluate(net, data.val, data, self.inference, self.device)
+        except Interrupted:
+            return  # the checkpoint shows that it is lacking
         progress.last = {"step": done, "miou": scores.miou}
         per_class = {f"val_{name}": value for name, value in scores.per_class.items()}
         log.row(done - 1, {"val_miou": scores.miou, **per_class})
@@ -184,19 +196,25 @@ class Session:
             progress.best = progress.last
         log.curves()
 
-    def _deliver(self, net: nn.Module, progress: Progress, delivered: Path) -> None:
-        if progress.best is None:
-            checkpoint.save_weights(delivered, net)
-        else:
-            best = self.weights / f"best-{int(progress.best['step'])}.safetensors"
-            with replacing(delivered) as part:
-                part.write_bytes(best.read_bytes())
-
-    def _drop_old_best(self, progress: Progress) -> None:
+    def _save(self, method: Trainable, progress: Progress, done: int, deliver: bool) -> None:
+        progress.peak_gb = max(progress.peak_gb, peak_memory())
+        if deliver:  # before the checkpoint that says so
+            self._deliver(method.predictor(), progress)
+        optimizers = {name: optimizer.state_dict() for name, optimizer in method.optimizers.items()}
+        state = {"step": done, "method": method.state_dict(), "optimizers": optimizers, "progress": vars(progress)}
+        checkpoint.save(self.weights, state)
         # Only now does the checkpoint on disk name the new one.
         for path in self.weights.glob("best-*.safetensors"):
             if progress.best is None or path.name != f"best-{int(progress.best['step'])}.safetensors":
                 path.unlink()
+
+    def _deliver(self, net: nn.Module, progress: Progress) -> None:
+        if progress.best is None:
+            checkpoint.save_weights(self.delivered, net)
+        else:
+            best = self.weights / f"best-{int(progress.best['step'])}.safetensors"
+            with replacing(self.delivered) as part:
+                part.write_bytes(best.read_bytes())
 
     def _check_finite(self, bad: int, streams: Mapping[str, Stream], timetable: Timetable) -> None:
         if bad < 0:
@@ -209,46 +227,52 @@ class Session:
             f"The loss is not finite at step {bad}; {good}; lower optim.lr or look at these images: {images}."
         )
 
-    @contextmanager
-    def _memory_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            text = str(error)
-            refused = isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text
-            if "DataLoader worker" in text and "exited unexpectedly" in text:
-                raise InputError(
-                    "A process that reads images was ended by the system, mostly for lack of memory: use fewer train.workers."
-                ) from error
-            if not refused:
-                raise
-            height, width = (max(32, side * 3 // 4 // 32 * 32) for side in self.config.crop)
-            batch = max(1, self.config.batch // 2)
+
+def _timetable(streams: Mapping[str, Stream], samples: int) -> Timetable:
+    for name, stream in streams.items():
+        if not len(stream.rows):
             raise InputError(
-                f"Out of memory with train.batch={self.config.batch} and train.crop={list(self.config.crop)}: "
-                f"try train.batch={batch}, or train.crop=[{height},{width}]."
-            ) from error
+                f"The method learns from {name} images too, and there is none: change data.{name} or the method."
+            )
+    timetables = [Timetable(stream.phases, samples) for stream in streams.values()]
+    assert len({t.steps for t in timetables}) == 1, "the streams of a method have the same number of steps"
+    return timetables[0]
 
 
 def _seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM, so that the loop can finish its step and write a checkpoint; a second one acts at once."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
+class _Signals:
+    """Remembers SIGINT and SIGTERM, so that the loop can finish its step and save; a second one acts at once."""
 
-    def remember(number: int, _: FrameType | None) -> None:
-        received.append(number)
-        signal.signal(number, before[number])
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self.before: dict[int, Any] = {}
+        self.acting = False
 
-    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self._answer) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.before.items():
             signal.signal(number, handler)
+
+    def _answer(self, number: int, _: FrameType | None) -> None:
+        self.received = number
+        self.__exit__()
+        if self.acting:
+            raise Interrupted(128 + number, "stopped")
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """A block that a signal cuts short, and that is left out after one, by `Interrupted`."""
+        if self.received is not None:
+            raise Interrupted(128 + self.received, "stopped")
+        self.acting = True
+        try:
+            yield
+        finally:
+            self.acting = False

@@ -18,8 +18,8 @@ from semiseg.types import Clock, Options, Share, TrainConfig
 class Session(Protocol):
     """The engine, as a method sees it."""
 
-    config: TrainConfig
-
+    @property
+    def config(self) -> TrainConfig: ...
     def stage(self, name: str) -> "Session": ...
     def train(self, method: "StepMethod", data: Data, streams: Mapping[str, Stream] | None = None) -> nn.Module: ...
 

@@ -40,10 +40,10 @@ _DECODERS = {
     "pspnet": "PSPNet",
     "deeplabv3": "DeepLabV3",
     "deeplabv3plus": "DeepLabV3Plus",
-    "pan": "PAN",
     "upernet": "UPerNet",
     "segformer": "Segformer",
 }
+"""smp's PAN needs images of 128 px, and its DPT takes no encoder with a feature pyramid."""
 _FIXED = {"encoder_name", "encoder_weights", "in_channels", "classes", "activation", "upsampling", "aux_params"}
 """Arguments of smp's decoders that are no options: they follow from the data, or belong to parts that are not used."""
 _PROBE_SECONDS = 4
@@ -155,11 +155,19 @@ class Build:
         config = self.config
         _known(config.name, _DECODERS, "network.name")
         _known(config.encoder.partition(".")[0], timm.list_models(), "network.encoder")
-        _known(config.encoder, (config.encoder.partition(".")[0], *timm.list_pretrained()), "network.encoder")
-        statistics = timm.get_pretrained_cfg(config.encoder, allow_unregistered=False)
-        mean, std = self._statistics(statistics.mean, statistics.std)
+        _known(
+            config.encoder, (config.encoder.partition(".")[0], *timm.list_models(include_tags=True)), "network.encoder"
+        )
+        card = _card(config.encoder)
+        mean, std = self._statistics(card.mean, card.std)
         model = _create(config, self.classes, self.channels)
-        net = SegNet(model, self.classes, mean, std, self.precision, config.checkpointing)
+        try:
+            net = SegNet(model, self.classes, mean, std, self.precision, config.checkpointing)
+        except (RuntimeError, AssertionError, ValueError) as error:
+            reason = _reason(error)
+            raise InputError(
+                f"network: {config.name} on {config.encoder} takes no images of free size ({reason}); choose another."
+            ) from error
         self._load(net)
         return net
 
@@ -196,7 +204,7 @@ class Build:
         if config.weights == "random":
             self._say("network.weights is random: training starts from random weights")
         elif config.weights != "pretrained":
-            self._say(*load_encoder(net.encoder, _find_weights(config.weights, self.base)).lines())
+            self._say(*load_encoder(net.encoder, find_weights(config.weights, self.base)).lines())
         elif isinstance(self._pretrained, str):
             self._say(
                 f"no pretrained weights of {config.encoder} ({self._pretrained}): training starts from RANDOM weights; "
@@ -257,9 +265,19 @@ def _create(config: NetworkConfig, classes: int, channels: int) -> nn.Module:
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if unknown and unknown[1] in config.encoder_options:
             raise InputError(f"network.encoder_options: {config.encoder} has no {unknown[1]}; remove it.") from error
-        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        raise InputError(f"network: {config.name} cannot be built on {config.encoder} ({reason}).") from error
+        raise InputError(f"network: {config.name} cannot be built on {config.encoder} ({_reason(error)}).") from error
     return model
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+
+
+def _card(encoder: str) -> Any:
+    """What timm knows of an encoder's weights: mean, std, where they are."""
+    import timm
+
+    return timm.get_pretrained_cfg(encoder, allow_unregistered=False)
 
 
 def _per_channel(
@@ -277,12 +295,12 @@ def _per_channel(
 
 
 def _download(encoder: str) -> dict[str, Tensor]:
-    """timm's weights of an encoder, from its cache or from the net; where neither is possible an error, within seconds."""
+    """timm's weights of an encoder, from its cache or the net; where neither has them an error, within seconds."""
     import timm
 
     if not timm.is_model_pretrained(encoder):
         raise LookupError("timm has none of that name")
-    repository = timm.get_pretrained_cfg(encoder, allow_unregistered=False).hf_hub_id
+    repository = _card(encoder).hf_hub_id
     cached = repository and huggingface_hub.try_to_load_from_cache(repository, "model.safetensors")
     overlay = {"file": cached} if isinstance(cached, str) else {}
     if not overlay:
@@ -317,8 +335,8 @@ def _probe(address: str) -> None:
         raise errors[0]
 
 
-def _find_weights(text: str, base: Path | None) -> Path:
-    """The file that `network.weights` names: absolute, beside the recipe or in the working folder, or in $SEMISEG_DATA."""
+def find_weights(text: str, base: Path | None) -> Path:
+    """What `network.weights` names: absolute, beside the recipe or in the working folder, or in $SEMISEG_DATA."""
     places = [base or Path.cwd()]
     if shared := os.environ.get("SEMISEG_DATA"):
         places.append(Path(shared))
@@ -329,7 +347,8 @@ def _find_weights(text: str, base: Path | None) -> Path:
             return path
     searched = " and ".join(map(str, places))
     raise InputError(
-        f"network.weights: {text} is not there (looked for in {searched}); correct the path, or write pretrained or random."
+        f"network.weights: {text} is not there (looked for in {searched}); "
+        "correct the path, or write pretrained or random."
     )
 
 

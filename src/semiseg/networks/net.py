@@ -4,14 +4,14 @@ Shapes use the legend of `semiseg.types`. Sources: the parts are those of segmen
 segmentation head), here with one resize only and with any image size.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from semiseg.types import InputError
@@ -22,8 +22,8 @@ _DEPTH = {torch.uint8: 255.0, torch.uint16: 65535.0}
 class Normalise(nn.Module):
     """Scales uint8 and uint16 images to 0..1 (floats are there already), then normalises them.
 
-    `mean` and `std` have one number a channel, in the unit of an image in 0..1. They are buffers, so that stored weights
-    bring what they were trained with.
+    `mean` and `std` have one number a channel, in the unit of an image in 0..1. They are buffers: stored weights bring
+    what they were trained with.
     """
 
     mean: Tensor
@@ -63,8 +63,9 @@ def _full(logits: Tensor) -> Tensor:
 class SegNet(nn.Module):
     """Three parts that a method may call by name.
 
-    Scales and normalises (uint8, uint16; floats are in 0..1), pads right and bottom by repeating the edge, runs autocast
-    inside where `precision` is set (float64 weights are left alone), returns float32 logits (float64 if the weights are).
+    Scales and normalises (uint8, uint16; floats are in 0..1), pads right and bottom by repeating the edge, runs
+    autocast inside where `precision` is set (float64 weights are left alone), returns float32 logits, float64 if the
+    weights are.
 
     stride     px of the image a side of one px of the fused map
     width      D, channels of the fused map
@@ -91,6 +92,7 @@ class SegNet(nn.Module):
         self.head = head.get_submodule("0")
         self.classes, self.channels, self.precision = classes, len(mean), precision
         self.multiple = int(encoder.output_stride)  # type: ignore[arg-type]
+        _fix_same_padding(encoder)
         if checkpointing:
             _checkpoint_blocks(encoder)
         self._measure()
@@ -120,7 +122,7 @@ class SegNet(nn.Module):
 
     def _pad(self, image: Tensor) -> Tensor:
         height, width = image.shape[-2:]
-        more = [-(-side // self.multiple) * self.multiple - side for side in (height, width)]
+        more = [(side + self.multiple - 1) // self.multiple * self.multiple - side for side in (height, width)]
         # Also where nothing is missing: a condition on the size would fix the size of an exported network.
         return F.pad(image, (0, more[1], 0, more[0]), mode="replicate")
 
@@ -200,26 +202,50 @@ class Wrapped(nn.Module):
         return F.interpolate(logits, size=image.shape[-2:], mode="bilinear", align_corners=False)
 
 
-class _Frozen:
-    """Keeps the running statistics of batch norms as they are: the second forward of a batch must not count again."""
+class _SameConv2d(nn.Conv2d):
+    """TensorFlow's padding where the stride divides the sides of a map, as it does behind an image that was padded.
 
-    def __init__(self, block: nn.Module) -> None:
-        self.norms = [m for m in block.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    timm's module computes the padding from the size in every call, and an export with free sizes then takes minutes;
+    this is the same convolution.
+    """
 
-    def __enter__(self) -> None:
-        for norm in self.norms:
-            # In training alone: in evaluation the running statistics are what normalises.
-            norm.track_running_stats = not norm.training
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__(conv.in_channels, conv.out_channels, 1, groups=conv.groups, device="meta")
+        self.weight, self.bias = conv.weight, conv.bias
+        self.kernel_size, self.stride, self.dilation = conv.kernel_size, conv.stride, conv.dilation
+        self.edges: list[int] = []
+        for kernel, stride, dilation in zip(self.kernel_size, self.stride, self.dilation, strict=True):
+            total = max((kernel - 1) * dilation + 1 - stride, 0)
+            self.edges = [total // 2, total - total // 2, *self.edges]
 
-    def __exit__(self, *error: object) -> None:
-        for norm in self.norms:
-            norm.track_running_stats = True
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name of torch
+        return super().forward(F.pad(input, self.edges))
+
+
+def _fix_same_padding(encoder: nn.Module) -> None:
+    from timm.layers.conv2d_same import Conv2dSame
+
+    for name, module in list(encoder.named_modules()):
+        if isinstance(module, Conv2dSame):
+            encoder.set_submodule(name, _SameConv2d(module))
+
+
+@contextmanager
+def _unchanged(block: nn.Module) -> Iterator[None]:
+    """Puts the running statistics of batch norms back: the second forward of a batch must not count again."""
+    before = [buffer.clone() for buffer in block.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, old in zip(block.buffers(), before, strict=True):
+                buffer.copy_(old)
 
 
 def _recomputed(block: nn.Module, run: Any, *inputs: Any) -> Any:
     if not torch.is_grad_enabled():
         return run(*inputs)
-    return checkpoint(run, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), _Frozen(block)))
+    return checkpoint(run, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), _unchanged(block)))
 
 
 def _checkpoint_blocks(encoder: nn.Module) -> None:

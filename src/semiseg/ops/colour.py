@@ -11,9 +11,9 @@ LUMA = (0.299, 0.587, 0.114)
 
 
 def to_float(image: Tensor) -> Tensor:
-    """uint8 and uint16 scaled to 0..1, floats as they are; float32."""
+    """uint8 and uint16 scaled to 0..1, floats as they are; float32, but float64 stays float64."""
     if image.is_floating_point():
-        return image.float()
+        return image if image.dtype == torch.float64 else image.float()
     return image.float() / {torch.uint8: 255, torch.uint16: 65535}[image.dtype]
 
 
@@ -36,7 +36,7 @@ def strong(
     if image.shape[1] == 3:
         on = u["jitter"] < jitter_probability
         by = [
-            ((2 * u[name] - 1) * largest * on).view(-1, 1, 1, 1)
+            ((2 * u[name] - 1) * largest * on).to(image.dtype).view(-1, 1, 1, 1)
             for name, largest in zip(("brightness", "contrast", "saturation", "hue"), jitter, strict=True)
         ]
         image = adjust_brightness(image, 1 + by[0])

@@ -1,0 +1,387 @@
+"""The scripts behind published numbers: they run on tiny recipes, and the ledger keeps its promises."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from scipy import stats
+from torch import nn
+
+from semiseg.config import Recipe, load_recipe
+from semiseg.data import synthetic
+from semiseg.data.splits import load_data
+from semiseg.engine.evaluate import Scores, save_scores
+from semiseg.files import write_json
+from semiseg.methods import fixmatch
+from semiseg.types import InputError
+
+BENCHMARKS = str(Path(__file__).parents[1] / "benchmarks")
+if BENCHMARKS not in sys.path:  # as Python does for a script
+    sys.path.insert(0, BENCHMARKS)
+common, passes, step, data, ledger, summary, accuracy, mechanism = map(
+    import_module, ("common", "passes", "step", "data", "ledger", "summary", "accuracy", "mechanism")
+)
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("scenes")
+    synthetic.write(folder, train=6, labelled=4, val=2, test=4, size=(32, 48))
+    return folder
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, scenes: Path) -> Write:
+    """Writes a tiny recipe; dotted options change it."""
+
+    def write(name: str = "tiny", method: str = "fixmatch", **options: object) -> Path:
+        plain: dict[str, dict[str, Any]] = {
+            "data": {"root": str(scenes), "format": "splits", "labelled": 2},
+            "network": {"name": "fpn", "encoder": "test_resnet", "weights": "random"},
+            "method": {"name": method},
+            "train": {"steps": 2, "batch": 2, "crop": [32, 32], "threads": 1, "workers": 0, "evaluations": 1},
+        }
+        for key, value in options.items():
+            section, _, option = key.partition("__")
+            plain[section][option] = value
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(plain))
+        return path
+
+    return write
+
+
+@pytest.fixture(autouse=True)
+def golden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "golden"
+    folder.mkdir()
+    for name in ("supervised", "fixmatch"):
+        (folder / f"{name}.txt").write_text(name)
+    monkeypatch.setattr(ledger, "GOLDEN", folder)
+    return folder
+
+
+def printed(capsys: pytest.CaptureFixture[str]) -> Any:
+    return json.loads(capsys.readouterr().out)
+
+
+# ---- what all have in common
+
+
+def test_every_benchmark_ends_with_machine_versions_and_commit(capsys: pytest.CaptureFixture[str]) -> None:
+    common.finish({"value": float("nan")}, "text", True)
+    result = printed(capsys)
+    assert result.keys() == {"value", "machine", "threads", "versions", "commit"}
+    assert result["value"] is None
+    common.finish({}, "text", False)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "text"
+    assert f"torch {torch.__version__.partition('+')[0]}" in lines[-1]
+    assert "commit" in lines[-1]
+
+
+def test_a_run_is_stopped_when_its_time_is_over(recipe: Write, tmp_path: Path) -> None:
+    assert not common.train(recipe(), tmp_path / "runs" / "one", [], 0.01)
+
+
+def test_a_failed_run_says_where_to_look(recipe: Write, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"failed, see .*one\.log: error: .*network.encoder"):
+        common.train(recipe(), tmp_path / "one", ["network.encoder=nonesuch"], None)
+
+
+# ---- step.py
+
+
+def test_step_measures_both_methods(recipe: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    path = recipe(train__threads=torch.get_num_threads())
+    step.main([str(path), "--rounds", "1", "--no-memory", "--device", "cpu", "--json"])
+    found = printed(capsys)["steps"]
+    lines = {line["method"]: line for line in found}
+    assert lines.keys() == {"supervised", "fixmatch"}
+    assert lines["supervised"]["over_labelled_only"] == 1
+    for line in lines.values():
+        assert line["ratio"] == pytest.approx(line["step_ms"] / line["least_ms"])
+        assert {"forward", "backward", "targets and loss", "optimiser", "rest"} <= line["parts_ms"].keys()
+        assert sum(line["parts_ms"].values()) > 0
+    assert {"photometry", "teacher's forward", "teacher's update"} <= lines["fixmatch"]["parts_ms"].keys()
+    assert len(step.as_text(found).splitlines()) == 9
+
+
+def test_peak_is_one_number(recipe: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    path = recipe(train__threads=torch.get_num_threads())
+    step.main([str(path), "--device", "cpu", "--method", "supervised", "--peak", "least"])
+    value = printed(capsys)
+    assert value is None or value >= 0
+
+
+@pytest.mark.parametrize(("forward", "sizes"), [("apart", [2, 2]), ("joint", [4])])
+def test_least_passes_are_forwards_and_backward_only(recipe: Write, forward: str, sizes: list[int]) -> None:
+    path = recipe(method__forward=forward)
+    bench = passes.prepare(load_recipe(path), torch.device("cpu"), path.parent)
+    seen: dict[str, list[int]] = {"student": [], "teacher": []}
+    for name, net in bench.method.named_children():
+        if name in seen:
+            net.register_forward_pre_hook(lambda _, args, name=name: seen[name].append(len(args[0])))
+    before = [w.detach().clone() for w in bench.method.student.parameters()]
+    reached = []
+    for weight in bench.method.student.parameters():
+        weight.register_hook(lambda gradient: reached.append(bool(gradient.any())))
+    bench.least()()
+    assert seen == {"student": sizes, "teacher": [2]}
+    assert len(reached) >= len(before)
+    assert all(torch.equal(a, b) for a, b in zip(before, bench.method.student.parameters(), strict=True))
+    assert all(w.grad is None for w in bench.method.student.parameters())
+
+
+def test_breakdown_leaves_nothing_changed(recipe: Write) -> None:
+    path = recipe()
+    bench = passes.prepare(load_recipe(path), torch.device("cpu"), path.parent)
+    before = fixmatch.strong, torch.Tensor.backward
+    step.breakdown(bench, 1)
+    assert (fixmatch.strong, torch.Tensor.backward) == before
+    assert "forward" not in vars(bench.method.student)
+
+
+def test_a_method_without_least_passes_is_named(recipe: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = recipe()
+    bench = passes.prepare(load_recipe(path), torch.device("cpu"), path.parent)
+    monkeypatch.delitem(passes.LEAST, "fixmatch")
+    with pytest.raises(InputError, match="least passes of fixmatch"):
+        bench.least()
+
+
+def test_functions_take_turns() -> None:
+    calls: list[str] = []
+    functions = {name: (lambda name=name: calls.append(name)) for name in ("a", "b")}
+    times = step.take_turns(functions, lambda: None, 2)
+    assert calls == ["b", "a", "a", "b"] * 2 or calls == ["a", "b", "b", "a"] * 2
+    assert [len(t) for t in times.values()] == [2, 2]
+
+
+# ---- data.py
+
+
+def test_data_measures_three_states(recipe: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    path = recipe(train__threads=torch.get_num_threads(), data__size=32)
+    before = dict(os.environ)
+    data.main([str(path), "--workers", "0", "--steps", "2", "--json"])
+    result = printed(capsys)
+    assert [line["state"] for line in result["loader"]] == ["uncached", "first pass", "cached"]
+    assert all(line["ratio"] > 0 for line in result["loader"])
+    assert result["images_per_step"] == 4
+    assert dict(os.environ) == before
+
+
+# ---- accuracy.py
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Stands in for training: every run scores at once; the list tells which were started."""
+    started: list[tuple[str, int]] = []
+
+    def train(path: Path, folder: Path, overrides: list[str], seconds: float | None) -> bool:
+        r: Recipe = load_recipe(path, overrides)
+        started.append((path.stem, r.train.seed))
+        found = load_data(r.data, path.parent)
+        matrix = np.zeros((len(found.test), 7, 7), dtype=np.int64)
+        matrix[:, 0, 0], matrix[:, 1, 1], matrix[:, 1, 0] = 10, 5, np.arange(len(matrix))
+        scores = Scores(matrix, tuple(found.test.names), found.classes)
+        save_scores(folder / "results.npz", scores)
+        results = {"split": "test", "labelled": len(found.labelled), "miou": scores.miou, "per_class": scores.per_class}
+        write_json(folder / "results.json", results | {"val_best": None, "seconds": 60.0, "peak_gb": 1.0})
+        return True
+
+    monkeypatch.setattr(accuracy, "train", train)
+    return started
+
+
+@pytest.fixture
+def run_queue(tmp_path: Path) -> Callable[..., int]:
+    def call(*arguments: object) -> int:
+        places = ["--results", str(tmp_path / "results.csv"), "--runs", str(tmp_path / "runs")]
+        return int(accuracy.main([*map(str, arguments), *places]))
+
+    return call
+
+
+def test_a_row_that_stands_is_not_run_again(
+    recipe: Write, trained: list[tuple[str, int]], run_queue: Callable[..., int], tmp_path: Path, golden: Path
+) -> None:
+    a, b = recipe("a", "supervised"), recipe("b")
+    assert run_queue(a, b, "--seeds", "0-1") == 0
+    assert trained == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+    rows = common.read_csv(tmp_path / "results.csv")
+    assert [(r["method"], r["seed"], r["labelled"], r["masks"]) for r in rows[:2]] == [
+        ("supervised", "0", "2", "4"),
+        ("fixmatch", "0", "2", "4"),
+    ]
+    assert json.loads(rows[0]["per_class"])["water"] is None
+
+    run_queue(a, b, "--seeds", "0-2")
+    assert trained[4:] == [("a", 2), ("b", 2)]
+    (golden / "fixmatch.txt").write_text("changed")
+    run_queue(a, b, "--seeds", "0")
+    assert trained[6:] == [("b", 0)]
+    assert len(common.read_csv(tmp_path / "results.csv")) == 7
+
+
+def test_what_makes_another_experiment(recipe: Write, tmp_path: Path) -> None:
+    def job(**options: object) -> Any:
+        return ledger.Job.of(recipe("one", **options), 0, tmp_path)
+
+    first = ledger.flat_options(job().recipe)
+    row = {"method_hash": ledger.method_hash("fixmatch"), "seed": "0", "options": json.dumps(first)}
+    assert job(train__workers=3, train__threads=5, train__save_every=7, train__seed=9, data__split_seed=9).stands(row)
+    assert not job(train__steps=3).stands(row)
+    assert not job(method__threshold=0.5).stands(row)
+    assert not job().stands(row | {"seed": "1"})
+    assert not job().stands(row | {"method_hash": "other"})
+    assert "data.root" in first
+    assert "/" not in first["data.root"]
+
+
+def test_an_option_that_is_newer_than_a_row_counts_as_its_default(recipe: Write, tmp_path: Path) -> None:
+    job = ledger.Job.of(recipe(), 0, tmp_path)
+    options = ledger.flat_options(job.recipe)
+    older = {name: value for name, value in options.items() if name != "method.ema"}
+    row = {"method_hash": job.method_hash, "seed": "0", "recipe_hash": "older", "options": json.dumps(older)}
+    assert job.stands(row)
+    assert job.recipe_hash([row]) == "older"  # the seeds that are still to come belong to the same experiment
+    other = ledger.Job.of(recipe(method__ema=0.5), 0, tmp_path)
+    assert not other.stands(row)
+    assert other.recipe_hash([row]) == ledger.digest(ledger.flat_options(other.recipe))
+    assert not job.stands(row | {"options": json.dumps(options | {"method.gone": 1})})
+
+
+def test_without_golden_losses_nothing_is_run(
+    recipe: Write, trained: list[tuple[str, int]], run_queue: Callable[..., int], golden: Path
+) -> None:
+    (golden / "fixmatch.txt").unlink()
+    with pytest.raises(InputError, match=r"fixmatch\.txt is missing"):
+        run_queue(recipe())
+    assert trained == []
+
+
+def test_what_did_not_fit_or_failed_stands_in_todo(
+    recipe: Write,
+    trained: list[tuple[str, int]],
+    run_queue: Callable[..., int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    a, todo = recipe("a"), tmp_path / "todo.txt"
+    todo.write_text("other.yaml --seeds 3\n")
+    assert run_queue(a, "--seeds", "0,2", "--minutes", "0") == 0
+    assert todo.read_text().splitlines() == ["other.yaml --seeds 3", f"{a} --seeds 0", f"{a} --seeds 2"]
+    run_queue(a, "--seeds", "0")
+    assert todo.read_text().splitlines() == ["other.yaml --seeds 3", f"{a} --seeds 2"]
+
+    def fails(*_: object) -> bool:
+        raise InputError("no space")
+
+    capsys.readouterr()
+    monkeypatch.setattr(accuracy, "train", fails)
+    assert run_queue(a, "--seeds", "0-2", "--json") == 1
+    result = printed(capsys)
+    assert result["failed"] == ["no space"] * 2
+    assert result["left"] == [f"{a} --seeds 1", f"{a} --seeds 2"]
+    assert trained == [("a", 0)]
+
+
+def test_subsets_are_added_to_rows_that_stand(
+    recipe: Write, trained: list[tuple[str, int]], run_queue: Callable[..., int], tmp_path: Path, scenes: Path
+) -> None:
+    a = recipe("a")
+    first = min((scenes / "images" / "test").iterdir()).stem
+    run_queue(a, "--seeds", "0")
+    run_queue(a, "--seeds", "0", "--subset", f"first={first}", "--subset", "none=nonesuch")
+    (row,) = common.read_csv(tmp_path / "results.csv")
+    assert trained == [("a", 0)]
+    assert float(row["miou_first"]) == 100
+    assert float(row["miou"]) < 100
+    assert "miou_none" not in row
+
+
+def arm(recipe: str, method: str, labelled: int, miou: list[float], **columns: str) -> list[dict[str, str]]:
+    plain = {"recipe": recipe, "method": method, "labelled": str(labelled), "masks": "8", "data": "x", "split": "test"}
+    plain |= {"setting": "s", "recipe_hash": "h", "method_hash": "m", "val_best": "", "minutes": "1", "gb": "2"}
+    return [plain | columns | {"seed": str(seed), "miou": str(value)} for seed, value in enumerate(miou)]
+
+
+def test_table_by_hand() -> None:
+    rows = arm("few", "supervised", 2, [40, 42, 44]) + arm("all", "supervised", 8, [60, 62, 64])
+    rows += arm("better", "fixmatch", 2, [44, 47, 50, 99]) + arm("elsewhere", "fixmatch", 2, [1, 2], setting="t")
+    found = {line["recipe"]: line for line in summary.lines(rows, set())}
+    better = found["better"]
+    assert (better["miou"], better["pairs"]) == (60, 3)  # the fourth seed has no partner
+    assert better["difference"] == pytest.approx(5)
+    half = stats.t.ppf(0.975, 2) * 1 / np.sqrt(3)
+    assert better["interval"] == pytest.approx([5 - half, 5 + half])
+    assert better["gap_closed"] == pytest.approx(0.25)
+    assert found["few"]["difference"] is None
+    assert found["few"]["miou_spread"] == pytest.approx(2)
+    assert found["all"]["difference"] is None
+    assert found["elsewhere"]["difference"] is None
+    assert "25 %" in summary.as_text(list(found.values()))
+
+
+def test_table_leaves_out_rows_of_an_earlier_method() -> None:
+    rows = arm("a", "fixmatch", 2, [10, 20], method_hash="old") + arm("a", "fixmatch", 2, [30])
+    (line,) = summary.lines(rows, {"a"})
+    assert (line["miou"], line["seeds"]) == (30, [0])
+
+
+# ---- mechanism.py
+
+
+class Constant(nn.Module):
+    """Says class 0 everywhere: surely in the upper half of an image, hardly in the lower one."""
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        logits = torch.zeros(len(image), 7, *image.shape[2:])
+        logits[:, 0, : image.shape[2] // 2], logits[:, 0, image.shape[2] // 2 :] = 50, 0.1
+        return logits
+
+
+def test_mechanism_compares_with_the_masks_that_exist(recipe: Write) -> None:
+    path = recipe()
+    found, rows = mechanism.with_masks(load_recipe(path), path.parent)
+    assert len(found.unlabelled) == 4
+    assert not found.unlabelled.masked.any()
+    assert set(rows.names) < set(found.unlabelled.names)  # two of these have no mask
+    assert rows.masked.all()
+    every, sure = mechanism.measure(Constant(), rows, found, 0.9, torch.device("cpu"))
+    assert every[:, 1:].sum() == 0
+    assert 0 < sure.sum() <= len(rows) * 16 * 48
+    point = mechanism.Point(0.5, every, sure).plain(found.classes)
+    assert point["sure"] == pytest.approx(sure.sum() / every.sum())
+    assert point["right"] == pytest.approx(sure[0, 0] / sure.sum())
+    assert point["per_class"]["labels_right"]["sky"] == pytest.approx(point["right"])
+    assert np.isnan(point["per_class"]["labels_right"]["sign"])
+
+
+def test_mechanism_from_training_to_files(recipe: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [str(recipe(method__threshold=0.2)), "--out", str(tmp_path / "m.json"), "--runs", str(tmp_path / "r")]
+    mechanism.main([*arguments, "--shares", "1", "0.5", "--images", "1", "--seed", "3", "--json"])
+    result = printed(capsys)
+    assert [p["share"] for p in result["points"]] == [0.5, 1.0]
+    assert (result["seed"], result["images"]) == (3, 1)
+    assert json.loads((tmp_path / "m.json").read_text())["points"] == result["points"]
+    assert (tmp_path / "m.png").stat().st_size > 10_000
+
+
+def test_mechanism_needs_a_threshold(recipe: Write, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="supervised has no threshold"):
+        mechanism.run(recipe(method="supervised"), 0, [1.0], None, tmp_path)

@@ -1,0 +1,177 @@
+"""Which samples make up a step, and who is mixed with whom."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from semiseg.data.rows import Rows
+from semiseg.data.sampling import Draw, Phase, Stream, Timetable, draws, epoch_order, mix_group
+
+pools = st.integers(2, 17)
+batches = st.integers(1, 16)
+seeds = st.integers(0, 2**32)
+
+
+def stream(rows: int, *phases: Phase) -> Stream:
+    return Stream(Rows.of("/data", [f"{i}.png" for i in range(rows)]), phases)
+
+
+def draw_all(pool: Stream, samples: int, name: str = "unlabelled", seed: int = 0) -> list[Draw]:
+    timetable = Timetable(pool.phases, samples)
+    return [draws(pool, timetable, name, seed, step) for step in range(timetable.steps)]
+
+
+def phases(*shares_and_batches: tuple[float, int]) -> list[Phase]:
+    return [Phase((64 + i, 64), batch, until, rate=1 / (i + 1)) for i, (until, batch) in enumerate(shares_and_batches)]
+
+
+@given(pools, batches, seeds)
+def test_every_row_comes_once_an_epoch(rows: int, batch: int, seed: int) -> None:
+    order = np.concatenate([draw.rows for draw in draw_all(stream(rows, Phase((8, 8), batch)), 5 * rows, seed=seed)])
+    for epoch in range(len(order) // rows):
+        assert sorted(order[epoch * rows : (epoch + 1) * rows]) == list(range(rows))
+
+
+@given(st.integers(2, 6), seeds)
+def test_neighbours_are_different_rows_also_where_epochs_meet(rows: int, seed: int) -> None:
+    order = np.concatenate([epoch_order(rows, seed, 1, epoch) for epoch in range(40)])
+    assert (order[1:] != order[:-1]).all()
+
+
+@pytest.mark.parametrize("rows", [3, 4, 10])
+def test_epochs_have_orders_of_their_own(rows: int) -> None:
+    orders = {tuple(epoch_order(rows, 0, 1, epoch)) for epoch in range(50)}
+    assert len(orders) > (3 if rows == 3 else 10)
+    firsts = Counter(int(epoch_order(rows, 0, 1, epoch)[0]) for epoch in range(600))
+    assert set(firsts) == set(range(rows))
+    assert min(firsts.values()) > 600 / rows / 2
+
+
+def test_one_row_is_drawn_again_and_again() -> None:
+    for draw in draw_all(stream(1, Phase((8, 8), 4)), 12):
+        assert draw.rows.tolist() == [0] * 4
+        assert len(set(draw.keys)) == 4
+
+
+@given(pools, batches, seeds)
+def test_partners_are_other_rows_of_the_same_group(rows: int, batch: int, seed: int) -> None:
+    """Pools of 2 and 3 and batches over the seam of two epochs are the hard cases."""
+    group = mix_group(batch)
+    for draw in draw_all(stream(rows, Phase((8, 8), batch)), 4 * rows + 3 * batch, seed=seed):
+        slots = np.arange(batch)
+        assert (draw.partners // group == slots // group).all()
+        if batch > 1:
+            assert (draw.rows[draw.partners] != draw.rows).all()
+            assert (draw.partners != slots).all()
+
+
+@pytest.mark.parametrize(
+    ("batch", "group"), [(1, 1), (2, 2), (3, 3), (4, 4), (5, 5), (6, 3), (8, 4), (9, 3), (10, 2), (12, 4), (35, 35)]
+)
+def test_mix_group(batch: int, group: int) -> None:
+    assert mix_group(batch) == group
+    assert batch % group == 0
+
+
+def test_partners_change_from_step_to_step() -> None:
+    found = {tuple(draw.partners) for draw in draw_all(stream(40, Phase((8, 8), 8)), 800)}
+    assert len(found) == 9  # two groups of four, three offsets each
+
+
+@given(pools, st.sampled_from([4, 8, 16]), st.sampled_from([1, 2, 4]), seeds)
+def test_blocks_of_ranks_partition_a_step_and_mix_among_themselves(
+    rows: int, batch: int, world: int, seed: int
+) -> None:
+    block = batch // world
+    if block % mix_group(batch):
+        return  # refused: the pairs would not be those of one process
+    for draw in draw_all(stream(rows, Phase((8, 8), batch)), 3 * batch, seed=seed):
+        blocks = [slice(rank * block, (rank + 1) * block) for rank in range(world)]
+        assert [key for part in blocks for key in draw.keys[part]] == list(draw.keys)
+        for part in blocks:
+            inside = range(batch)[part]
+            assert set(draw.partners[part]) <= set(inside)
+
+
+@given(pools, seeds, st.permutations(range(10)))
+def test_a_step_does_not_depend_on_what_was_drawn_before(rows: int, seed: int, order: Sequence[int]) -> None:
+    pool = stream(rows, Phase((8, 8), 4))
+    expected = draw_all(pool, 40, seed=seed)
+    timetable = Timetable(pool.phases, 40)
+    for step in order:
+        epoch_order.cache_clear()
+        draw = draws(pool, timetable, "unlabelled", seed, step)
+        np.testing.assert_array_equal(draw.rows, expected[step].rows)
+        np.testing.assert_array_equal(draw.partners, expected[step].partners)
+        assert draw.keys == expected[step].keys
+
+
+def test_name_and_seed_make_other_draws() -> None:
+    pool = stream(50, Phase((8, 8), 8))
+    one, other, reseeded = (
+        draw_all(pool, 40, "labelled"),
+        draw_all(pool, 40, "unlabelled"),
+        draw_all(pool, 40, "labelled", 1),
+    )
+    assert not np.array_equal(one[0].rows, other[0].rows)
+    assert not np.array_equal(one[0].rows, reseeded[0].rows)
+    keys = [key for draws_ in (one, other, reseeded) for draw in draws_ for key in draw.keys]
+    assert len(set(keys)) == len(keys)
+
+
+def test_the_order_does_not_depend_on_batch_or_crop() -> None:
+    plain = draw_all(stream(7, Phase((8, 8), 1)), 60)
+    mixed = draw_all(stream(7, Phase((32, 16), 4, 0.4), Phase((8, 8), 5)), 60)
+    count = sum(len(draw.rows) for draw in mixed)
+    assert 55 <= count <= 65
+    for name in ("rows", "keys"):
+        one, other = ([x for draw in found for x in getattr(draw, name)] for found in (plain, mixed))
+        assert one[: min(60, count)] == other[: min(60, count)]
+
+
+@given(
+    st.lists(st.floats(0.02, 1), max_size=3, unique=True).map(sorted),
+    st.lists(batches, min_size=4, max_size=4),
+    st.integers(1, 400),
+)
+def test_timetable_is_the_closed_form_of_counting(until: list[float], sizes: list[int], samples: int) -> None:
+    until = [*[share for share in until if share < 0.98], 1.0]
+    parts = phases(*zip(until, sizes, strict=False))
+    timetable = Timetable(parts, samples)
+    step = position = 0
+    for before, phase in zip([0.0, *until], parts, strict=False):
+        for _ in range(max(1, round((phase.until - before) * samples / phase.batch))):
+            assert timetable.at(step) == (phase, position)
+            step, position = step + 1, position + phase.batch
+    assert timetable.steps == step
+
+
+def test_one_phase_has_the_steps_of_the_recipe() -> None:
+    for steps, batch in ((1, 1), (20_000, 8), (7, 3)):
+        assert Timetable([Phase((8, 8), batch)], steps * batch).steps == steps
+
+
+def test_streams_of_other_batches_have_the_same_phases_in_samples() -> None:
+    """Half of the samples in twice the batch: a quarter of the steps."""
+    timetable = Timetable(phases((0.5, 16), (1.0, 8)), 800)
+    assert timetable.first_step.tolist() == [0, 25, 75]
+    assert timetable.at(24)[0].batch == 16
+    assert timetable.at(25) == (timetable.phases[1], 400)
+
+
+@pytest.mark.parametrize("untils", [(0.5,), (0.5, 0.5, 1.0), (0.6, 0.4, 1.0)])
+def test_phases_follow_one_another_and_end_at_1(untils: tuple[float, ...]) -> None:
+    with pytest.raises(AssertionError, match="phases follow"):
+        Timetable(phases(*((until, 4) for until in untils)), 100)
+
+
+def test_a_pool_is_labelled_or_not() -> None:
+    pool = Rows.of("/data", ["a", "b"], ["a", "b"])
+    assert Stream(pool, (Phase((8, 8), 2),)).labelled
+    assert not Stream(pool.without_masks(), (Phase((8, 8), 2),)).labelled
+    with pytest.raises(AssertionError, match="none has"):
+        _ = Stream(pool + Rows.of("/data", ["c"]), (Phase((8, 8), 2),)).labelled
