@@ -15,6 +15,7 @@ from PIL import Image
 from semiseg.data import check as module
 from semiseg.data.check import Report, check, class_pixels, contact_sheet, leaks
 from semiseg.data.formats import write_mask
+from semiseg.data.rows import Row
 from semiseg.data.splits import Data, DataConfig, load_data
 from semiseg.types import IGNORE, InputError
 
@@ -95,9 +96,9 @@ def test_text_of_a_report(root: Path) -> None:
     assert lines[0] == "set official train/val/test, all 4 labelled"
     assert lines[1] == "images: 4 labelled, 2 unlabelled, 2 val, 3 test"
     assert lines[2] == "sizes (H x W in px): 10 of 48x48, 1 of 24x48"
-    assert lines[3].split() == ["labelled", "val", "test"]
-    assert lines[6].split() == ["rare", "33.33", "%", "4", "16.67", "%", "1", "26.67", "%", "2"]
-    assert lines[7].split() == ["ignored", "0.00", "%", "0", "16.67", "%", "1", "0.00", "%", "0"]
+    assert lines[4].split() == ["labelled", "val", "test"]
+    assert lines[7].split() == ["rare", "33.33", "%", "4", "16.67", "%", "1", "26.67", "%", "2"]
+    assert lines[8].split() == ["ignored", "0.00", "%", "0", "16.67", "%", "1", "0.00", "%", "0"]
 
 
 def test_class_pixels_are_those_of_the_report(root: Path) -> None:
@@ -253,13 +254,13 @@ def test_many_unlabelled_images_are_sampled(root: Path, monkeypatch: pytest.Monk
 
 def test_leaks_opens_each_file_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
-    read = module.read_image
+    read = module.open_pair
 
-    def counting(path: Path, channels: int) -> Any:
-        opened.append(path.name)
-        return read(path, channels)
+    def counting(row: Row, *options: Any) -> Any:
+        opened.append(row.image.name)
+        return read(row, *options)
 
-    monkeypatch.setattr(module, "read_image", counting)
+    monkeypatch.setattr(module, "open_pair", counting)
     assert leaks(load(root)) == ()
     assert sorted(opened) == [f"{name}.png" for name in "abcdefgh"]
     opened.clear()

@@ -40,7 +40,7 @@ def test_mask_follows_image(dtype: torch.dtype) -> None:
             assert error[valid].abs().max() <= 1.5
             inner = error[2:-2, 2:-2][valid[2:-2, 2:-2]]
             shifts.append(float(inner.mean()))
-    # Half a pixel of the crop between the two would show as 0.25 to 1 in the mean. Near a scale of 1/2 one crop may have
+    # Half a pixel of the crop between the two would show as 0.25 to 1 in the mean. Near a scale of 1/2 a crop may have
     # half a pixel of the file: there is no nearest one.
     assert abs(float(np.mean(shifts))) < 0.02
     assert np.median(np.abs(shifts)) < 0.05

@@ -198,7 +198,7 @@ def _opening(recipe: Recipe, data: Data, device: torch.device) -> str:
     pools = {"labelled": data.labelled, "unlabelled": data.unlabelled, "val": data.val, "test": data.test}
     images = ", ".join(f"{len(rows)} {name}" for name, rows in pools.items())
     network = recipe.network.name if ":" in recipe.network.name else f"{recipe.network.name} {recipe.network.encoder}"
-    where = f"{device.type}, {recipe.train.threads} threads" if device.type == "cpu" else device.type
+    where = f"cpu ({recipe.train.threads} thread{'s' * (recipe.train.threads > 1)})" if device.type == "cpu" else "gpu"
     return f"{recipe.method.name}, {network}, {recipe.train.steps} steps on {where}; images: {images}"
 
 
@@ -340,20 +340,31 @@ def _results(recipe: Recipe, data: Data, session: Session, split: str | None) ->
 # ---- using a model -----------------------------------------------------------------------------------------------
 
 
-def load(path: str | Path, device: str = "auto") -> Model:
+def load(path: str | Path, device: str = "auto", window: int | None = None) -> Model:
     """Loads a model from a run folder, a model folder, or an exported `.onnx` file with its `.json` beside it.
+
+    Args:
+        path: the folder or file.
+        device: auto, cpu or cuda.
+        window: side in px of a window that slides over the images; none: as in the model's recipe.
 
     Raises:
         InputError: there is no model.
     """
     path = Path(path)
     place = parallel.device(device)
+    if not path.exists():
+        raise InputError(f"{path} does not exist: name a run folder, a model folder, or an .onnx file.")
     if path.suffix == ".onnx":
         from semiseg.engine.export import onnx_network  # an optional extra
 
         net, card, folder = onnx_network(path), _read_card(path.with_suffix(".json")), path
     else:
         folder = path / "model" if (path / "model").is_dir() else path
+        if folder == path and (path / "recipe.yaml").exists():
+            raise InputError(
+                f"{path} holds a run that is not finished: the same `semiseg train` command goes on with it."
+            )
         tensors, card = read_model(folder)
         net = _network(card, tensors, place, folder.parent)
     predictor = Predictor(
@@ -362,7 +373,7 @@ def load(path: str | Path, device: str = "auto") -> Model:
         palette=tuple((c[0], c[1], c[2]) for c in card["palette"]),
         channels=card["channels"],
         size=tuple(card["size"]) if isinstance(card["size"], list) else card["size"],
-        inference=InferenceConfig(**card["evaluate"]),
+        inference=InferenceConfig(**card["evaluate"] | ({"window": (window, window)} if window else {})),
         device=place,
     )
     return Model(predictor, folder, card)
@@ -524,6 +535,10 @@ def compare(runs: Sequence[str | Path]) -> list[comparing.Line]:
     """
     found = []
     for folder in map(Path, runs):
+        if not (folder / "results.json").is_file():
+            raise InputError(f"{folder} holds no finished run: finish it by the same `semiseg train` command.")
+        if not (folder / "results.npz").is_file():
+            raise InputError(f"{folder} has no score to compare, as its data has neither val nor test: leave it out.")
         scores = evaluating.load_scores(folder / "results.npz")
         recipe = load_recipe(folder / "recipe.yaml")
         results = yaml.safe_load((folder / "results.json").read_text(encoding="utf-8"))

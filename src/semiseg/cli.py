@@ -1,8 +1,14 @@
-"""The command line: parses, calls the API, prints. Exit codes: 0 done, 1 the input is wrong, 2 usage, 130 and 143 interrupted."""
+"""The command line: parses, calls the API, prints.
+
+Exit codes: 0 done, 1 the input is wrong, 2 usage, 130 and 143 interrupted.
+"""
 
 import json
+import math
 import signal
 import sys
+from collections.abc import Mapping
+from importlib.metadata import version as installed
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -13,14 +19,37 @@ from semiseg.types import InputError, Interrupted
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Semi-supervised semantic segmentation: from many images and few masks to a model.",
 )
 
-RunFolder = Annotated[Path, typer.Argument(help="A run folder, a model folder, or an exported .onnx file.")]
+# What takes seconds to import is imported by the verb that needs it.
+
+Trained = Annotated[Path, typer.Argument(help="A run folder, a model folder, or an exported .onnx file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Options, such as method=supervised train.steps=600."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Window = Annotated[
+    int | None, typer.Option(min=1, help="See images in windows of this side in px, where memory is short.")
+]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"semiseg {installed('semiseg')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = (
+        False
+    ),
+) -> None:
+    pass
 
 
 @app.command()
@@ -36,105 +65,116 @@ def init(
     folder: Annotated[Path, typer.Argument(help="A folder with images/ and masks/.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="The recipe to write.")] = Path("recipe.yaml"),
     hours: Annotated[float, typer.Option(help="How long the training may take on this machine.")] = 1.0,
-    force: Annotated[bool, typer.Option(help="Replace an existing recipe.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing recipe.")] = False,
 ) -> None:
-    """Looks at a folder and writes a recipe for it, every choice with its reason."""
+    """Look at a folder and write a recipe for it, every choice with its reason."""
+    if out.exists() and not force:
+        raise InputError(f"{out} is there already: choose another -o, or replace it by --force.")
     from semiseg.files import write_text
     from semiseg.plan import plan
 
-    if out.exists() and not force:
-        raise InputError(f"{out} exists: choose another -o, or --force to replace it.")
     text = plan(folder, hours)
     write_text(out, text)
-    print(text, end="")
-    print(f"\nwritten to {out}; next: semiseg check {out}")
+    print(text)
+    print(f"written to {out}\nnext: semiseg check {out}, then semiseg train {out} --out runs/{folder.resolve().name}")
 
 
 @app.command()
 def check(
-    source: Annotated[Path, typer.Argument(help="A recipe or a folder.")],
+    source: Annotated[Path, typer.Argument(help="A recipe, a run, or a folder.")],
+    overrides: Overrides = None,
     sheet: Annotated[Path, typer.Option(help="Where the picture of drawn samples goes.")] = Path("check.png"),
-    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value")] = None,
 ) -> None:
-    """Pairs, sizes, mask values, class counts, leaks, duplicates, and a picture of a drawn batch; exit 1 if unusable."""
+    """Look for what would spoil a run; exit 1 if the data is unusable.
+
+    Pairs, sizes, mask values, class counts, leaks, duplicates, and a picture of drawn training samples.
+    """
     from semiseg import api
 
     report = api.check(source, sheet, overrides or [])
-    print(report)
+    print(report.text())
     if report.problems:
         raise typer.Exit(1)
+    print(f"no problem found; samples as the training sees them: {sheet}")
 
 
 @app.command()
 def train(
-    source: Annotated[Path, typer.Argument(help="A recipe, or a folder (a recipe is written for it first).")],
+    source: Annotated[Path, typer.Argument(help="A recipe, or a folder, for which a recipe is made first.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="The run folder.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="section.key=value, such as method=supervised train.steps=600")
+    overrides: Overrides = None,
+    hours: Annotated[
+        float | None, typer.Option(help="For a folder: how long the training may take. [default: 1]")
     ] = None,
-    hours: Annotated[float, typer.Option(help="For a folder: how long the training may take.")] = 1.0,
 ) -> None:
-    """Trains, or goes on where the same command was stopped."""
+    """Train, or go on where the same command was stopped."""
+    if hours is not None and source.is_file():
+        raise InputError(f"--hours plans the steps for a folder, and {source} is a recipe: set train.steps there.")
     from semiseg import api
 
-    model = api.train(source, out, overrides=overrides or [], hours=hours)
+    model = api.train(source, out, overrides=overrides or [], hours=1.0 if hours is None else hours)
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     _print_results(results)
-    print(f"model: {model.folder}; next: semiseg predict {out} IMAGES --out masks --overlay")
+    print(f"model: {model.folder}\nnext: semiseg predict {out} IMAGES --out masks --overlay")
 
 
-def _print_results(results: dict[str, Any]) -> None:
+def _print_results(results: Mapping[str, Any]) -> None:
     if results["split"] is None:
-        print("There is no val or test split, so there is no score.")
-        return
-    print(f"{results['split']} mIoU {100 * results['miou']:.2f} on {results['images']} images ({results['delivered']})")
-    _print_classes(results["per_class"])
+        print(f"no image is held out, so there is no score; delivered: {results['delivered']}")
+    else:
+        images = f"{results['images']} {results['split']} images"
+        print(f"{results['split']} mIoU {100 * results['miou']:.2f} on {images}; delivered: {results['delivered']}")
+        _print_classes(results["per_class"])
     if results["note"]:
         print(f"note: {results['note']}")
+    if results["skipped"]:
+        print(f"unlabelled images that could not be read: {len(results['skipped'])}, named in results.json")
+    print(f"{results['seconds'] / 60:.1f} min of training, at most {results['peak_gb']:.1f} GB")
 
 
-def _print_classes(per_class: dict[str, float | None]) -> None:
+def _print_classes(per_class: Mapping[str, float | None]) -> None:
+    """IoU in per cent; NaN, or null in JSON, where no mask shows the class."""
     width = max(map(len, per_class))
     for name, value in per_class.items():
-        absent = value is None or value != value  # noqa: PLR0124  NaN
-        print(f"  {name:<{width}}  {'absent' if absent or value is None else f'{100 * value:6.2f}'}")
+        known = "in no mask, left out of the mean" if value is None or math.isnan(value) else f"{100 * value:6.2f}"
+        print(f"  {name:<{width}}  {known}")
 
 
 @app.command()
 def evaluate(
-    model: RunFolder,
+    model: Trained,
     data: Annotated[Path | None, typer.Option(help="A recipe or folder; else the run's own data.")] = None,
     split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+    window: Window = None,
     as_json: Json = False,
 ) -> None:
-    """mIoU, IoU of each class, and with --json the confusion matrix."""
+    """Print mIoU and the IoU of each class; with --json the confusion matrix too."""
     from semiseg import api
     from semiseg.files import finite
 
-    scores = api.evaluate(model, data, split)
+    scores = api.evaluate(api.load(model, window=window), data, split)
     if as_json:
         confusion = scores.confusions.sum(0).tolist()
         values = {"split": split, "miou": scores.miou, "per_class": scores.per_class, "absent": scores.absent}
         print(json.dumps(finite(values | {"images": len(scores.names), "confusion": confusion})))
         return
     print(f"{split} mIoU {100 * scores.miou:.2f} on {len(scores.names)} images")
-    _print_classes(dict(scores.per_class))
-    if scores.absent:
-        print(f"left out of the mean, as no mask has them: {', '.join(scores.absent)}")
+    _print_classes(scores.per_class)
 
 
 @app.command()
 def predict(
-    model: RunFolder,
+    model: Trained,
     images: Annotated[list[Path], typer.Argument(help="Images, or folders of images.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the masks.")],
     confidence: Annotated[bool, typer.Option("--confidence", help="Write 8-bit confidence maps too.")] = False,
     overlay: Annotated[bool, typer.Option("--overlay", help="Write the masks over the images too.")] = False,
+    window: Window = None,
 ) -> None:
-    """Masks of files or folders, at the images' own sizes; a second call goes on where the first stopped."""
+    """Write masks of files or folders, at the images' own sizes; a second call goes on where the first stopped."""
     from semiseg import api
 
-    done, there, failed = api.predict(model, images, out, confidence, overlay)
+    done, there, failed = api.predict(api.load(model, window=window), images, out, confidence, overlay)
     print(f"{done} masks written to {out}" + (f", {there} were there before" if there else ""))
     for reason in failed.values():
         print(f"error: {reason}", file=sys.stderr)
@@ -147,7 +187,7 @@ def compare(
     runs: Annotated[list[Path], typer.Argument(help="Run folders; what differs in seeds only is averaged.")],
     as_json: Json = False,
 ) -> None:
-    """One table of runs: mean, spread, paired differences to the first with intervals, minutes, memory."""
+    """Print one table of runs: mean, spread, paired differences to the first with intervals, minutes, memory."""
     from semiseg import api
     from semiseg.engine.compare import as_markdown, as_plain
 
@@ -157,24 +197,24 @@ def compare(
 
 @app.command()
 def export(
-    model: RunFolder,
+    model: Trained,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="The file; else model.onnx in the model's folder.")
     ] = None,
     format: Annotated[str, typer.Option(help="onnx")] = "onnx",  # noqa: A002
 ) -> None:
-    """Writes the model as ONNX with dynamic batch and size, runs it, and compares it with torch."""
+    """Write the model as ONNX with dynamic batch and size, run it, and compare it with torch."""
+    if format != "onnx":
+        raise InputError(f"--format {format} is unknown: choose onnx.")
     from semiseg import api
 
-    if format != "onnx":
-        raise InputError(f"--format {format} is unknown: onnx is there.")
     path, agreement = api.export(model, out)
     print(f"{path}: {agreement}")
 
 
 @app.command()
 def methods(as_json: Json = False) -> None:
-    """The methods, each with its paper, its options and their defaults."""
+    """List the methods, each with its paper, its options and their defaults."""
     from semiseg.methods import DEFAULT, METHODS, describe
 
     if as_json:
@@ -188,7 +228,7 @@ def methods(as_json: Json = False) -> None:
 
 def main() -> None:
     """Runs the command line and exits with its code."""
-    # An exception of ours: typer would turn KeyboardInterrupt into exit code 1. While training, the session answers instead.
+    # An exception of ours: typer would make exit code 1 of KeyboardInterrupt. In training the session answers instead.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     try:
@@ -202,7 +242,7 @@ def main() -> None:
 
 
 def _stop(number: int, _: FrameType | None) -> None:
-    raise Interrupted(128 + number, "stopped")
+    raise Interrupted(128 + number, "Stopped.")
 
 
 if __name__ == "__main__":

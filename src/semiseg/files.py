@@ -1,5 +1,6 @@
 """Files that are whole or not there: written under another name beside their place, synced, then moved into it."""
 
+import errno
 import json
 import math
 import os
@@ -55,7 +56,11 @@ def appending(path: Path) -> Iterator[TextIO]:
 
 def _unwritable(path: Path, error: Exception, kept: str) -> InputError:
     reason = (error.strerror if isinstance(error, OSError) else None) or str(error).splitlines()[0].rstrip(".")
-    return InputError(f"{path} could not be written ({reason}): {kept}free some space or choose another folder.")
+    if isinstance(error, FileExistsError | NotADirectoryError):
+        reason = "a part of its path is a file"
+    full = not isinstance(error, OSError) or error.errno in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    advice = "free some space or choose another folder" if full else "choose another folder"
+    return InputError(f"{path} could not be written ({reason}): {kept}{advice}.")
 
 
 def write_text(path: Path, text: str) -> None:

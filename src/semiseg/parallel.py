@@ -1,4 +1,4 @@
-"""Who am I among the processes of a run, and sums over them. This version runs in one process; the calls are where several will meet."""
+"""Who am I among the processes of a run, and sums over them; one process in this version."""
 
 import os
 

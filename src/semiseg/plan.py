@@ -61,7 +61,7 @@ def plan(folder: Path, hours: float | None = 1.0) -> str:
 
     Args:
         folder: images/ and masks/, divided into splits or not.
-        hours: how long the training may take on this machine; none: the steps are left at their default, nothing is timed.
+        hours: how long the training may take on this machine; none: nothing is timed, the steps are left out.
 
     Raises:
         InputError: the folder is unusable, or hours is not above zero.
@@ -122,7 +122,8 @@ def _channels(folder: Path) -> Lines:
     if len(counts) == 1 and not counts & {1, 3}:
         return {"channels": (counts.pop(), "of the images; the encoder's first layer is adapted to them")}
     if 1 in counts:
-        return {"channels": (3, "images are grey: each fills the three channels that pretrained encoders expect")}
+        which = "images" if len(counts) == 1 else "some images"
+        return {"channels": (3, f"{which} are grey: they fill the three channels that pretrained encoders expect")}
     return {}
 
 
@@ -207,8 +208,10 @@ def _survey(data: Data) -> Survey:
 
 
 def _objects(inside: NDArray[np.bool_], image: int) -> Floats:
-    """(n, 3) of the connected parts that are more than a speck: root of the area in px, the same as a share of the image's
-    longest side, and the image."""
+    """The connected parts that are more than a speck.
+
+    Returns (n, 3): root of the area in px, the same as a share of the image's longest side, number of the image.
+    """
     labels, count = ndimage.label(inside)
     areas = np.bincount(labels.ravel(), minlength=count + 1)[1:]
     sides = np.sqrt(areas[areas >= 9])
@@ -235,12 +238,12 @@ def _choices(data: Data, survey: Survey, device: torch.device) -> dict[str, Line
     working, sizes = _working_size(survey, 1024 if gpu else 256)
     ratio = 1 if survey.steady else working / max(survey.height, survey.width)
     side = survey.side if survey.steady else survey.relative * working
-    crop = [_crop(s * ratio, 320 if gpu else 160) for s in (survey.height, survey.width)]
+    high, wide = round(survey.height * ratio), round(survey.width * ratio)
+    crop = [_crop(s, 320 if gpu else 160) for s in (high, wide)]
     low = float(np.clip(np.ceil(100 * CELL / side) / 100, 0.5, 1.0))
     sizes["scale"] = (
         [low, 2.0],
-        f"range of the factor on a training image's size: objects of {survey.small} are mostly above {side:.0f} px, "
-        f"and should stay above {CELL}",
+        f"factor on a training image's size: {survey.small}, mostly above {side:.0f} px, should stay above {CELL} px",
     )
     bf16 = gpu and torch.cuda.is_bf16_supported()
     few = "half the memory" if bf16 else "this GPU has no bf16" if gpu else "bf16 is for GPUs"
@@ -257,7 +260,10 @@ def _choices(data: Data, survey: Survey, device: torch.device) -> dict[str, Line
         "method": {"name": (methods.DEFAULT, _why_method(data))},
         "train": {
             "batch": (8, "labelled and as many unlabelled images a step"),
-            "crop": (crop, f"(height, width) in px of a training sample, out of {_working(survey, ratio)}"),
+            "crop": (
+                crop,
+                f"(height, width) in px of a training sample; images are mostly {high} high and {wide} wide",
+            ),
             "precision": ("bf16" if bf16 else "fp32", few),
             "channels_last": (True, "the faster memory layout of convolutions"),
         },
@@ -276,12 +282,8 @@ def _working_size(survey: Survey, limit: int) -> tuple[int, Lines]:
     if survey.longest <= working:
         return working, {}
     side = survey.relative * working
-    why = f"longest side in px, from mostly {survey.width}x{survey.height}: objects of {survey.small} are then mostly above"
-    return working, {"size": (working, f"{why} {side:.0f} px")}
-
-
-def _working(survey: Survey, ratio: float) -> str:
-    return f"mostly {survey.width * ratio:.0f}x{survey.height * ratio:.0f} (width x height)"
+    why = f"longest side in px, mostly from {survey.width}x{survey.height}: objects of {survey.small}, the smallest,"
+    return working, {"size": (working, f"{why} are mostly above {side:.0f} px then")}
 
 
 def _why_method(data: Data) -> str:
@@ -290,9 +292,9 @@ def _why_method(data: Data) -> str:
     return f"{len(data.labelled)} labelled and {len(data.unlabelled)} unlabelled images"
 
 
-def _crop(side: float, most: int) -> int:
+def _crop(side: int, most: int) -> int:
     """A multiple of 32 px that most images fill."""
-    return max(32, min(most, int(side) // 32 * 32))
+    return max(32, min(most, side // 32 * 32))
 
 
 def _recipe(lines: dict[str, Lines]) -> Recipe:
@@ -328,7 +330,7 @@ def _yaml(folder: Path, data: Data, survey: Survey, lines: dict[str, Lines]) -> 
     shares = ", ".join(f"{name} {100 * share:.2g} %" for name, share in survey.shares.items())
     pools = {"labelled": data.labelled, "unlabelled": data.unlabelled, "val": data.val, "test": data.test}
     text = [
-        f"# Written by `semiseg init {folder}`; the defaults of what is not here: semiseg methods, and the guide.",
+        f"# Written by `semiseg init {folder}`. What is not here has its default: see `semiseg methods` and the guide.",
         f"# Images: {', '.join(f'{len(rows)} {name}' for name, rows in pools.items())}.",
         f"# Labelled pixels: {shares}.",
     ]

@@ -42,7 +42,11 @@ def nearest(name: str, names: Iterable[str]) -> str:
     near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
     if near:
         return f"did you mean {' or '.join(known[item] for item in near)}?"
-    return f"known: {', '.join([*known.values()][:20])}{', ...' * (len(known) > 20)}."
+    return (
+        f"known: {', '.join(known.values())}."
+        if len(known) <= 20
+        else f"no name like it is among the {len(known)} known."
+    )
 
 
 VIEW = (

@@ -70,6 +70,7 @@ class Report:
             self.family,
             "images: " + ", ".join(f"{count} {name}" for name, count in self.images.items()),
             f"sizes (H x W in px): {', '.join(sizes)}{more}",
+            "classes, by share of the pixels and images that show them:",
             *self._table(),
             *(f"warning: {sentence}" for sentence in self.warnings),
             *(f"problem: {sentence}" for sentence in self.problems),

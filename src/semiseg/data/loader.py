@@ -1,17 +1,20 @@
-"""From rows to batches. Item t of the data set is step t, so to resume is to start the range later, and workers cannot matter."""
+"""From rows to batches. Item t of the data set is step t: to resume is to start later, and workers cannot matter."""
 
 import signal
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from semiseg.data.cache import open_image, open_pair
 from semiseg.data.rows import Row
-from semiseg.data.sampling import Draw, Key, Stream, Timetable, draws
+from semiseg.data.sampling import Draw, Stream, Timetable, draws
 from semiseg.data.splits import Data
 from semiseg.data.transforms import geometry
 from semiseg.types import VIEW, InputError, Labelled, Unlabelled
@@ -32,7 +35,7 @@ class Item:
 
 
 class Steps(Dataset["Item | InputError"]):
-    """Item t holds the batches of step t, or what is wrong with its files: a worker would bury an exception in its own traceback."""
+    """Item t holds the batches of step t, or what is wrong with its files: a worker would bury an exception."""
 
     def __init__(self, streams: Mapping[str, Stream], timetable: Timetable, data: Data, seed: int) -> None:
         self.streams, self.timetable, self.data, self.seed = dict(streams), timetable, data, seed
@@ -105,7 +108,7 @@ class Steps(Dataset["Item | InputError"]):
         return geometry(image, mask, draw.phase.crop, config.scale, config.flip, rng)
 
 
-def _channels_first(image: np.ndarray) -> Tensor:  # type: ignore[type-arg]
+def _channels_first(image: NDArray[Any]) -> Tensor:
     return torch.from_numpy(image).permute(2, 0, 1)
 
 
@@ -125,16 +128,22 @@ def steps(dataset: Steps, start: int, workers: int, pin: bool) -> Iterator[Item]
     loader = DataLoader(
         dataset,
         batch_size=None,
-        sampler=range(start, dataset.timetable.steps),  # type: ignore[arg-type]
+        sampler=range(start, dataset.timetable.steps),
         num_workers=workers,
         pin_memory=pin,
         worker_init_fn=_quiet_worker if workers else None,
         prefetch_factor=4 if workers else None,
     )
-    for item in loader:
-        if isinstance(item, InputError):
-            raise item
-        yield item
+    try:
+        for item in loader:
+            if isinstance(item, InputError):
+                raise item
+            yield item
+    except (ConnectionError, EOFError) as error:
+        # A worker was killed while it handed over a batch. torch's own error about it comes a moment later, wherever the
+        # process is then: better here.
+        time.sleep(1)
+        raise RuntimeError("DataLoader worker ended while it handed over a batch") from error
 
 
 def first_step(streams: Mapping[str, Stream], data: Data, seed: int) -> dict[str, Labelled | Unlabelled]:

@@ -1,6 +1,6 @@
 """Which samples make up step t: a pure function of (seed, stream, step), so that nothing has to be restored at resume.
 
-Position p counts the samples of a stream from the start of the run; epoch p // n has one shuffled order of the pool's n rows.
+Position p counts the samples of a stream from the start of the run; epoch p // n has one shuffled order of the n rows.
 """
 
 import zlib
@@ -19,7 +19,7 @@ Key = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of the run, up to the share `until` of its samples, with its crop (H, W), batch over all processes and factor on the rate."""
+    """A part of the run, up to the share `until` of its samples: crop (H, W), batch, factor on rates."""
 
     crop: tuple[int, int]
     batch: int
@@ -45,7 +45,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class Draw:
-    """The samples of one step: row numbers (B,), keys, each slot's mixing partner (B,), and the phase they belong to."""
+    """The samples of one step: row numbers (B,), keys, each slot's mixing partner (B,), and their phase."""
 
     rows: NDArray[np.int64]
     keys: tuple[Key, ...]
@@ -85,7 +85,7 @@ def stream_number(name: str) -> int:
 def epoch_order(rows: int, seed: int, stream: int, epoch: int) -> NDArray[np.int64]:
     """One epoch's shuffled order of the pool.
 
-    It never begins with the row that ended the epoch before, so that neighbours in time are different rows wherever the pool has two.
+    It never begins with the row that ended the epoch before: neighbours in time are different rows if the pool has two.
     """
     if rows == 2:
         epoch = 0  # any other order of two would repeat a row at the seam
@@ -114,7 +114,7 @@ def draws(stream: Stream, timetable: Timetable, name: str, seed: int, step: int)
 
 
 def _partners(rows: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
-    """Each slot's partner: a roll inside its group by one drawn offset, moved on to the next slot that holds another row."""
+    """Each slot's partner: a roll inside its group by a drawn offset, moved on to the next slot of another row."""
     batch = len(rows)
     size = mix_group(batch)
     if size == 1:
@@ -125,4 +125,6 @@ def _partners(rows: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.i
     rolls = (offset[:, None] - 1 + np.arange(size - 1)) % (size - 1) + 1  # the drawn offset first, then the others
     candidates = first[:, None] + (inside[:, None] + rolls) % size
     other = rows[candidates] != rows[:, None]
-    return candidates[slots, other.argmax(1)]  # where no other row is there, argmax gives the drawn offset
+    # Where no other row is there, argmax gives the drawn offset.
+    partners: NDArray[np.int64] = candidates[slots, other.argmax(1)]
+    return partners

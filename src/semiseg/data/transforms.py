@@ -21,8 +21,8 @@ def geometry(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Draws one training crop.
 
-    Cuts the part of the image that fills the crop at the drawn scale, and resizes that part only. What the image does not fill
-    (right and bottom) is zero in the image, IGNORE in the mask and False in `valid`.
+    Cuts the part of the image that fills the crop at the drawn scale, and resizes that part only. What the image does
+    not fill (right and bottom) is zero in the image, IGNORE in the mask and False in `valid`.
 
     Args:
         image: (N, H, W) uint8 or uint16.
@@ -53,7 +53,7 @@ def geometry(
 
 
 def _span(side: int, crop: int, factor: float, at: float) -> tuple[int, int, int]:
-    """Along one side: where the cut starts and how long it is in the file, and how long it is in the crop, all in px."""
+    """Along one side, in px: where the cut starts, how long it is in the file, and how long it is in the crop."""
     cut = min(side, max(1, round(crop / factor)))
     out = crop if cut < side else min(crop, max(1, round(side * factor)))
     return int(at * (side - cut + 1)), cut, out

@@ -15,7 +15,10 @@ LAST = "last.pt"
 def save(folder: Path, state: dict[str, Any]) -> None:
     """Replaces the folder's checkpoint."""
     with replacing(folder / LAST) as part:
-        torch.save(state, part)
+        try:
+            torch.save(state, part)
+        except RuntimeError as error:
+            raise OSError(str(error)) from error  # a full disk, in words that change from place to place
 
 
 def load(folder: Path) -> dict[str, Any] | None:

@@ -92,7 +92,7 @@ def _line(label: str, group: list[Run], first: list[Run]) -> Line:
 
 
 def _over_images(a: Scores, b: Scores) -> tuple[float, float]:
-    """95 % interval of the difference in mIoU (per cent) when the split's images are drawn again, both runs on the same draw."""
+    """95 % interval of the difference in mIoU (per cent) when the images are drawn again, the same for both runs."""
     rng = np.random.default_rng(0)
     weights = rng.multinomial(len(a.names), np.full(len(a.names), 1 / len(a.names)), size=RESAMPLES)
     changes = 100 * (_mious(a.confusions, weights) - _mious(b.confusions, weights))

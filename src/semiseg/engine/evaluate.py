@@ -54,8 +54,8 @@ class Scores:
 
 
 def evaluate(net: nn.Module, rows: Rows, data: Data, config: InferenceConfig, device: torch.device) -> Scores:
-    """Scores a network at the masks' own sizes, and leaves it in the mode it was in."""
-    d, was_training = data.config, net.training
+    """Scores a network at the masks' own sizes, and leaves every part of it in the mode it was in."""
+    d, modes = data.config, [(part, part.training) for part in net.modules()]
     net.eval()
 
     def read(i: int) -> tuple[Tensor, Tensor]:
@@ -69,7 +69,8 @@ def evaluate(net: nn.Module, rows: Rows, data: Data, config: InferenceConfig, de
         probs = probabilities(net, image.to(device), config)
         label = resize(probs, (mask.shape[0], mask.shape[1])).argmax(1)
         confusions.append(confusion(label, mask[None].to(device), len(data.classes)))
-    net.train(was_training)
+    for part, training in modes:  # a method may keep batch norms in eval mode inside a network that trains
+        part.training = training
     return Scores(torch.stack(confusions).cpu().numpy(), tuple(rows.names), data.classes)
 
 
@@ -132,7 +133,7 @@ def window_starts(side: int, window: int, stride: float) -> list[int]:
 
 
 def ahead(function: Callable[[T], R], items: Iterable[T], threads: int = 2, depth: int = 4) -> Iterator[R]:
-    """Maps in order with a few results computed ahead, so that reading goes on while the network runs and memory stays small."""
+    """Maps in order, a few results ahead: reading goes on while the network runs, and memory stays small."""
     with ThreadPoolExecutor(threads) as pool:
         waiting: deque[Future[R]] = deque()
         for item in items:

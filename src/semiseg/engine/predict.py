@@ -68,7 +68,8 @@ def find_images(paths: Iterable[Path]) -> list[tuple[Path, Path]]:
             raise InputError(f"{path} does not exist: name an image or a folder of images.")
     if not found:
         raise InputError(
-            f"There is no image in {', '.join(map(str, paths))}: files ending in {', '.join(sorted(IMAGE_SUFFIXES))} are read."
+            f"There is no image in {', '.join(map(str, paths))}: name files that end in "
+            f"{', '.join(sorted(IMAGE_SUFFIXES))}, or a folder with some."
         )
     names: dict[Path, Path] = {}
     for image, name in found.items():
@@ -83,7 +84,7 @@ def find_images(paths: Iterable[Path]) -> list[tuple[Path, Path]]:
 def predict_files(
     predictor: Predictor, paths: Sequence[Path], out: Path, confidence: bool = False, overlay: bool = False
 ) -> tuple[int, int, dict[str, str]]:
-    """Writes `out/NAME.png`, and on request `out/confidence/NAME.png` (0..255) and `out/overlay/NAME.jpg`, for every image.
+    """Writes `out/NAME.png` for every image, on request `out/confidence/NAME.png` (0..255) and `out/overlay/NAME.jpg`.
 
     A file whose results are all there is passed over, so that an interrupted call can be repeated.
 
@@ -91,7 +92,7 @@ def predict_files(
         how many were predicted, how many were there before, and the files that could not be read with the reason.
     """
     todo, there = [], 0
-    for image, name in find_images(paths):
+    for source, name in find_images(paths):
         results = [out / name.with_name(name.name + ".png")]
         if confidence:
             results.append(out / "confidence" / name.with_name(name.name + ".png"))
@@ -100,18 +101,18 @@ def predict_files(
         if all(path.exists() for path in results):
             there += 1
         else:
-            todo.append((image, results))
+            todo.append((source, results))
 
-    def read(job: tuple[Path, list[Path]]) -> tuple[Path, list[Path], NDArray[np.generic] | InputError]:
+    def read(job: tuple[Path, list[Path]]) -> NDArray[np.generic] | InputError:
         try:
-            return *job, read_image(job[0], predictor.channels)
+            return read_image(job[0], predictor.channels)
         except InputError as error:
-            return *job, error
+            return error
 
     failed: dict[str, str] = {}
-    for path, results, image in ahead(read, todo):
+    for (source, results), image in zip(todo, ahead(read, todo), strict=True):
         if isinstance(image, InputError):
-            failed[str(path)] = str(image)
+            failed[str(source)] = str(image)
             continue
         prediction = predictor(image)
         # The mask last: where it is, the others are.

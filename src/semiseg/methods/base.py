@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from pathlib import Path
 from typing import ClassVar, Protocol
 
 import torch
@@ -44,8 +43,8 @@ class Method(ABC):
 class StepMethod(nn.Module, Method):
     """An algorithm that is one loop of steps.
 
-    Networks, teachers and memories are submodules or buffers and optimisers stand in `optimizers`: that, and the step, is all
-    that a checkpoint needs.
+    Networks, teachers and memories are submodules or buffers and optimisers stand in `optimizers`: that, and the step,
+    is all that a checkpoint needs.
     """
 
     optimizers: dict[str, torch.optim.Optimizer]
@@ -81,9 +80,7 @@ class StepMethod(nn.Module, Method):
         sums = parallel.shared_sum([c for s in shares for c in (s.count, s.count if s.over is None else s.over)])
         values = []
         for share, count, over in zip(shares, sums[::2], sums[1::2], strict=True):
-            some = count.to(share.total.dtype).clamp(
-                min=torch.finfo(share.total.dtype).tiny
-            )  # 0 / tiny: a zero with a graph
+            some = count.to(share.total.dtype).masked_fill(count == 0, 1)  # the total is 0 then: a zero with a graph
             values.append(share.total / some * (over / some if share.over is not None else 1))
         loss = torch.stack([weight * value for (weight, _), value in zip(terms, values, strict=True)]).sum()
         loss.backward(inputs=self._weights(name))

@@ -1,7 +1,7 @@
 """FixMatch for segmentation: confident predictions on a weak view are the labels of a strong view of the same image.
 
-Sohn et al., "FixMatch", NeurIPS 2020, in the form that segmentation papers compare with (UniMatch, Yang et al., CVPR 2023), with a mean
-teacher (Tarvainen & Valpola, 2017) and CutMix (Yun et al., ICCV 2019).
+Sohn et al., "FixMatch", NeurIPS 2020, in the form that segmentation papers compare with (UniMatch, Yang et al., CVPR
+2023), with a mean teacher (Tarvainen & Valpola, 2017) and CutMix (Yun et al., ICCV 2019).
 
 Deliberate differences from the released UniMatch code:
 - the labels come from an EMA teacher in eval mode, not from the student's own training-mode forward;
@@ -11,10 +11,10 @@ Deliberate differences from the released UniMatch code:
 """
 
 from contextlib import nullcontext
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from semiseg.data.sampling import Phase, Stream
@@ -47,7 +47,7 @@ class FixMatch(StepMethod):
         ema: Annotated[float, Field(ge=0, lt=1)] = 0.99
         """Decay of the teacher."""
         forward: Literal["apart", "joint"] = "apart"
-        """Labelled images and strong views through the student apart, or as one batch: it decides what batch norm sees."""
+        """Labelled images and strong views through the student apart or as one batch: what batch norm sees."""
         statistics: Literal["all", "labelled"] = "all"
         """Whose images move batch norm's running statistics, with which the teacher labels and the model is delivered:
         labelled leaves out the strong views, whose colours no real image has (forward: apart only)."""
@@ -57,6 +57,12 @@ class FixMatch(StepMethod):
         """Share of the images that get a box of another image."""
         cutmix_area: tuple[Share, Share] = (0.02, 0.4)
         """Range of the box's share of the image."""
+
+        @model_validator(mode="after")
+        def _consistent(self) -> Self:
+            if self.forward == "joint" and self.statistics == "labelled":
+                raise ValueError("statistics: labelled needs forward: apart, for one batch has one set of statistics")
+            return self
 
     paper = "Sohn et al., NeurIPS 2020; segmentation form of Yang et al., CVPR 2023"
 
@@ -79,7 +85,8 @@ class FixMatch(StepMethod):
             confident = (confidence >= c.threshold) & unlabelled.valid
             u = unlabelled.view(0)
             image = strong(to_float(unlabelled.image), u, c.jitter)
-            box = cutmix_box(u, image.shape[-2:], c.cutmix_area, c.cutmix)
+            size = (image.shape[2], image.shape[3])
+            box = cutmix_box(u, size, c.cutmix_area, c.cutmix)
             image, label, selected, valid = mix(box, unlabelled.partner, image, label, confident, unlabelled.valid)
 
         if c.forward == "joint":
@@ -90,7 +97,7 @@ class FixMatch(StepMethod):
             with kept_statistics(self.student) if c.statistics == "labelled" else nullcontext():
                 logits_strong = self.student(image)
 
-        # Divided by the valid pixels, not by the confident ones: the loss grows with the share of the image that is trusted.
+        # Divided by the valid pixels, not by the confident ones: the loss grows with the share that is trusted.
         loss_unlabelled = masked_cross_entropy(logits_strong, label, selected, valid)
         values = self.update("student", *self.loss(logits, labelled.mask, 0.5), (0.5 * c.weight, loss_unlabelled))
         ema_update(self.teacher, self.student, clock.step, c.ema)

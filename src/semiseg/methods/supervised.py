@@ -1,7 +1,7 @@
 """Labelled-only training: the baseline beside every claim.
 
-Differences from the papers' baselines: the number of steps is the semi-supervised run's, and the labelled batch is not doubled
-(UniMatch doubles it, ST++ repeats short lists).
+Differences from the papers' baselines: the number of steps is the semi-supervised run's, and the labelled batch is not
+doubled (UniMatch doubles it, ST++ repeats short lists).
 """
 
 from torch import Tensor, nn
