@@ -12,28 +12,379 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
-from semiseg import api
+from semiseg import api, methods
 from semiseg.engine import session
-from semiseg.methods import METHODS, describe
-from semiseg.methods.fixmatch import FixMatch
 
-Command = Callable[..., "Done"]  # noqa: F821  both in conftest.py
+Command = Callable[..., Any]
+"""The fixture `semiseg` of conftest.py."""
+
+TINY = ("network.name=fpn", "network.encoder=test_resnet", "network.weights=random", "train.threads=1")
+
+
+@pytest.fixture(scope="module")
+def home(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a recipe and what became of it without any interruption, in `run`."""
+    folder = tmp_path_factory.mktemp("home")
+    (folder / "recipe.yaml").write_text(recipe_text(drawn))
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SEMISEG_CACHE", str(folder / ".cache"))
+        api.train(folder / "recipe.yaml", folder / "run")
+    torch.set_num_threads(threads)
+    return folder
+
+
+def recipe_text(data: Path) -> str:
+    train = {"steps": 24, "batch": 4, "crop": [32, 32], "save_every": 4, "log_every": 4, "evaluations": 2, "threads": 1}
+    return yaml.safe_dump(
+        {
+            "data": {"root": str(data), "format": "splits", "scale": [0.75, 1.5]},
+            "network": {"name": "fpn", "encoder": "test_resnet", "weights": "random"},
+            "train": train,
+        }
+    )
+
+
+def same_outcome(run: Path, whole: Path) -> None:
+    """The runs delivered the same weights, bit for bit, and the same numbers."""
+    for file in ("model/model.safetensors", "checkpoints/delivered.safetensors", "model/model.json"):
+        assert (run / file).read_bytes() == (whole / file).read_bytes(), file
+    found, expected = (json.loads((folder / "results.json").read_text()) for folder in (run, whole))
+    for free in ("seconds", "peak_gb"):
+        found.pop(free), expected.pop(free)
+    assert found == expected
+    assert {path.name for path in run.iterdir()} == {path.name for path in whole.iterdir()}
+    assert not list(run.rglob(".*")), "a temporary file was left"
+    rows, expected_rows = (val_rows(folder) for folder in (run, whole))
+    assert rows == expected_rows
+
+
+def val_rows(run: Path) -> dict[str, str]:
+    with (run / "metrics.csv").open() as file:
+        return {row["step"]: row["val_miou"] for row in csv.DictReader(file) if row["val_miou"]}
+
+
+def pixels(path: Path | str) -> Any:
+    with Image.open(path) as image:
+        return np.array(image)
+
+
+# ---- the front door ----------------------------------------------------------------------------------------------
+
+
+def test_help_comes_at_once() -> None:
+    """`python -m semiseg --help` works, and loads nothing that takes seconds."""
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "semiseg", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "predict" in done.stdout
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "semiseg.cli" in loaded
+    assert not {"torch", "numpy", "timm", "yaml", "PIL", "semiseg.api"} & loaded
+
+
+@pytest.mark.parametrize(
+    "verb", ["demo", "init", "check", "train", "evaluate", "predict", "compare", "export", "methods"]
+)
+def test_every_verb_explains_itself(semiseg: Command, verb: str) -> None:
+    done = semiseg(verb, "-h")
+    assert done.code == 0
+    assert verb in done.out
+
+
+def test_version(semiseg: Command) -> None:
+    assert semiseg("--version").out.split()[0] == "semiseg"
+
+
+def test_usage_has_an_exit_code_of_its_own(semiseg: Command) -> None:
+    done = semiseg("trian")
+    assert done.code == 2
+    assert "train" in done.err
+    assert semiseg("train").code == 2
+    assert semiseg().code == 2
+
+
+def test_methods(semiseg: Command) -> None:
+    text, plain = semiseg("methods").out, json.loads(semiseg("methods", "--json").out)
+    assert plain.keys() == methods.METHODS.keys()
+    assert f"{methods.DEFAULT} (default): " in text
+    for name, method in methods.METHODS.items():
+        assert f"{method.paper}\n" in text
+        assert plain[name].keys() == methods.describe(method).keys()
+        assert all(f"method.{option} = " in text for option in plain[name])
+
+
+# ---- from a folder to a model ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def flat(drawn: Path, tmp_path: Path) -> Path:
+    """images/ and masks/ without splits and without a class file."""
+    folder = tmp_path / "leaves"
+    for kind in ("images", "masks"):
+        shutil.copytree(drawn / kind / "train", folder / kind)
+    return folder
+
+
+def test_init_check_train(semiseg: Command, flat: Path, tmp_path: Path) -> None:
+    done = semiseg("init", flat, "--hours", "0.01")
+    assert done.code == 0, done.err
+    text = (tmp_path / "recipe.yaml").read_text()
+    assert text in done.out
+    assert "next: semiseg check recipe.yaml" in done.out
+    refused = semiseg("init", flat)
+    assert "recipe.yaml is there already" in refused.sentence
+    assert (tmp_path / "recipe.yaml").read_text() == text
+
+    done = semiseg("check", "recipe.yaml")
+    assert done.code == 0, done.out
+    assert "Report(" not in done.out
+    assert "6 labelled, 6 unlabelled, 0 val, 2 test" in done.out
+    assert all(f"class_{i} " in done.out for i in range(1, 6))
+    assert "no problem found" in done.out
+    assert min(pixels("check.png").shape[:2]) > 60
+
+    done = semiseg("train", "recipe.yaml", "--out", "run", *TINY, "train.steps=2", "train.workers=0")
+    assert done.code == 0, done.err
+    assert "test mIoU" in done.out
+    assert "delivered: last step" in done.out
+    assert "next: semiseg predict run" in done.out
+
+
+def test_check_reports_problems(semiseg: Command, scenes: Path, recipe: Path) -> None:
+    (scenes / "masks/val/scene-00001.png").write_bytes(b"damaged")
+    done = semiseg("check", recipe, "--sheet", "sheet.png")
+    assert done.code == 1
+    assert "problem: " in done.out
+    assert "masks/val/scene-00001.png" in done.out
+    assert not Path("sheet.png").exists()
+
+
+def test_train_of_a_folder_is_init_and_train(semiseg: Command, flat: Path) -> None:
+    words = ("train", flat, "-o", "run", *TINY, "train.steps=2", "train.workers=0")
+    done = semiseg(*words)
+    assert done.code == 0, done.err
+    assert "folds: 5" in done.out, "the recipe with its reasons is shown"
+    assert "test mIoU" in done.out
+    before = {path: path.stat().st_mtime_ns for path in Path("run").rglob("*")}
+    done = semiseg(*words)
+    assert done.code == 0
+    assert "run holds this run, finished." in done.out
+    assert "test mIoU" in done.out
+    assert {path: path.stat().st_mtime_ns for path in Path("run").rglob("*")} == before
+
+
+def test_train_without_a_held_out_image(semiseg: Command, recipe: Path, scenes: Path) -> None:
+    for kind in ("images", "masks"):
+        for split in ("val", "test"):
+            shutil.rmtree(scenes / kind / split)
+    done = semiseg("train", recipe, "-o", "run", "train.steps=2")
+    assert done.code == 0, done.err
+    assert "there is no score" in done.out
+    assert json.loads(Path("run/results.json").read_text())["split"] is None
+    assert "has no score" in semiseg("compare", "run").sentence
+    assert "no test split: choose train" in semiseg("evaluate", "run").sentence
+
+
+def test_paths_are_those_beside_the_recipe(semiseg: Command, recipe: Path, scenes: Path, tmp_path: Path) -> None:
+    """A run remembers where its files are, from wherever it is looked at."""
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists/ids.txt").write_text("scene-00000\nscene-00002\nscene-00005\n")
+    place = tmp_path / "lists/recipe.yaml"
+    place.write_text(recipe.read_text().replace(str(scenes), "../scenes"))
+    done = semiseg("train", "lists/recipe.yaml", "-o", "run", "data.labelled=ids.txt", "train.steps=2")
+    assert done.code == 0, done.err
+    assert "3 labelled, 11 unlabelled" in done.out
+    os.chdir(tmp_path / "lists")
+    done = semiseg("check", "../run")
+    assert done.code == 0, done.err
+    assert "3 labelled, 11 unlabelled" in done.out
+
+
+# ---- using a model -----------------------------------------------------------------------------------------------
+
+
+def test_evaluate(semiseg: Command, home: Path, drawn: Path) -> None:
+    results = json.loads((home / "run/results.json").read_text())
+    plain = json.loads(semiseg("evaluate", home / "run", "--json").out)
+    assert plain["miou"] == results["miou"]
+    assert plain["per_class"] == results["per_class"]
+    masks = [pixels(path) for path in (drawn / "masks/test").iterdir()]
+    assert np.sum(plain["confusion"]) == sum((mask != 255).sum() for mask in masks)
+    text = semiseg("evaluate", home / "run/model", "--data", home / "recipe.yaml").out
+    assert f"test mIoU {100 * results['miou']:.2f} on 6 images" in text
+    assert all(name in text for name in results["per_class"])
+    val = semiseg("evaluate", home / "run", "--split", "val").out
+    assert f"val mIoU {100 * results['val_best']['miou']:.2f} on 4 images" in val
+    assert semiseg("evaluate", home / "run", "--data", drawn).out == text, "a folder names the same data"
+    windows = semiseg("evaluate", home / "run", "--window", "32")
+    assert windows.code == 0
+    assert windows.out != text
+
+
+def test_predict(semiseg: Command, home: Path, drawn: Path) -> None:
+    images = drawn / "images/test"
+    done = semiseg("predict", home / "run", images, images.parent / "val/scene-00000.png", "-o", "out/a")
+    assert "would both be written to" in done.sentence
+    words = ("predict", home / "run", images, "-o", "out", "--overlay", "--confidence")
+    done = semiseg(*words)
+    assert done.code == 0, done.err
+    assert done.out == "6 masks written to out\n"
+    model = api.load(home / "run")
+    for path in images.iterdir():
+        prediction = model.predict(path)
+        assert np.array_equal(pixels(f"out/{path.name}"), prediction.mask)
+        assert abs(pixels(f"out/confidence/{path.name}") / 255 - prediction.confidence).max() <= 0.5 / 255 + 1e-6
+        assert pixels(f"out/overlay/{path.stem}.jpg").shape == (*prediction.mask.shape, 3)
+
+    Path("out/scene-00003.png").unlink()
+    assert semiseg(*words).out == "1 masks written to out, 5 were there before\n"
+    assert semiseg("predict", home / "run", images, "-o", "out").out == "0 masks written to out, 6 were there before\n"
+
+
+def test_predict_goes_on_after_a_damaged_image(semiseg: Command, home: Path, scenes: Path) -> None:
+    (scenes / "images/test/scene-00002.png").write_bytes(b"damaged")
+    done = semiseg("predict", home / "run", scenes / "images/test", "-o", "out")
+    assert "images/test/scene-00002.png" in done.sentence
+    assert done.out == "5 masks written to out\n"
+    assert len(list(Path("out").iterdir())) == 5
+
+
+def test_compare(semiseg: Command, home: Path) -> None:
+    for seed in (0, 1):
+        words = ("train", home / "recipe.yaml", "-o", f"base-{seed}", "method=supervised", f"train.seed={seed}")
+        assert semiseg(*words, "train.steps=4", "train.workers=0").code == 0
+    done = semiseg("compare", home / "run", "base-0", "base-1")
+    assert done.code == 0, done.err
+    head, _, *lines = [line for line in done.out.splitlines() if line.startswith("|")]
+    assert "mIoU" in head
+    assert [line.split("|")[1].split()[0] for line in lines] == ["fixmatch", "supervised"]
+    plain = json.loads(semiseg("compare", home / "run", "base-0", "base-1", "--json").out)
+    assert [line["runs"] for line in plain] == [1, 2]
+    assert plain[0]["miou"] == pytest.approx(100 * json.loads((home / "run/results.json").read_text())["miou"])
+
+
+@pytest.mark.filterwarnings("ignore")  # the exporter's own, about its own future
+def test_export(semiseg: Command, home: Path, drawn: Path) -> None:
+    pytest.importorskip("onnxruntime", reason="the export extra is not installed")
+    done = semiseg("export", home / "run", "-o", "net/model.onnx")
+    assert done.code == 0, done.err
+    assert done.out.startswith("net/model.onnx: ")
+    assert done.out.count("\n") == 1
+    for model, out in ((home / "run", "torch"), (Path("net/model.onnx"), "onnx")):
+        assert semiseg("predict", model, drawn / "images/test", "-o", out).code == 0
+    pairs = [[pixels(f"{out}/{path.name}") for out in ("torch", "onnx")] for path in Path("onnx").iterdir()]
+    assert len(pairs) == 6
+    assert np.mean([here == there for here, there in pairs]) >= 0.999
+    Path("net/model.json").unlink()
+    assert "net/model.json is missing" in semiseg("evaluate", "net/model.onnx").sentence
+
+
+# ---- interruptions -----------------------------------------------------------------------------------------------
 
 
 def start(*words: object, cwd: Path) -> subprocess.Popen[str]:
-    """A process of its own, in a process group of its own."""
+    """The command in a process, and a process group, of its own."""
     return subprocess.Popen(
         [sys.executable, "-m", "semiseg", *map(str, words)],
         cwd=cwd,
-        env={**os.environ, "SEMISEG_CACHE": str(cwd / ".cache"), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "SEMISEG_CACHE": str(cwd / ".cache")},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "nothing came"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_stopped_run_ends_with_the_same_weights(
+    semiseg: Command, home: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    """Stopped at a random moment, its reading process with it, and started again by the same command."""
+    seed = secrets.randbits(32)
+    process = start("train", home / "recipe.yaml", "-o", "run", cwd=tmp_path)
+    wait_until(Path("run/checkpoints/last.pt").exists, process)
+    time.sleep(random.Random(seed).uniform(0, 0.7))
+    os.killpg(process.pid, number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode in (-number, 128 + number, 0), (seed, err)
+    finished = Path("run/results.json").exists()
+    if process.returncode == 128 + number and not finished:
+        assert err.startswith("Stopped"), (seed, err)
+        assert err.count("\n") == 1
+    done = semiseg("train", home / "recipe.yaml", "-o", "run")
+    assert done.code == 0, (seed, done.err)
+    assert finished or "going on at step" in done.out
+    same_outcome(Path("run"), home / "run")
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="how far a process has come is read from /proc")
+def test_ctrl_c_while_it_starts(home: Path, tmp_path: Path) -> None:
+    process = start("train", home / "recipe.yaml", "-o", "run", cwd=tmp_path)
+    wait_until(lambda: "libtorch" in Path(f"/proc/{process.pid}/maps").read_text(), process)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, "", "Stopped.\n")
+    assert not (tmp_path / "run").exists()
+
+
+def signal_at(call: int, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, with Ctrl-C at the beginning of one call."""
+    calls: list[int] = []
+
+    def wrapper(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == call:
+            signal.raise_signal(signal.SIGINT)
+        return function(*args)
+
+    return wrapper
+
+
+@pytest.mark.parametrize(("call", "step"), [(1, 12), (2, 24)])
+def test_ctrl_c_while_val_is_evaluated(
+    semiseg: Command, home: Path, monkeypatch: pytest.MonkeyPatch, call: int, step: int
+) -> None:
+    """The evaluation is cut short, and made up for before the run goes on."""
+    words = ("train", home / "recipe.yaml", "-o", "run", "train.workers=0")
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "evaluate", signal_at(call, session.evaluate))
+        done = semiseg(*words)
+    assert (done.code, done.err) == (130, f"Stopped at step {step} of 24: the same command goes on from there.\n")
+    assert f"step {step}: val mIoU" not in done.out
+    assert "run holds a run that is not finished" in semiseg("evaluate", "run").sentence
+    done = semiseg(*words)
+    assert done.code == 0, done.err
+    assert f"step {step}: val mIoU" in done.out
+    same_outcome(Path("run"), home / "run")
+
+
+def test_ctrl_c_while_the_test_images_are_evaluated(
+    semiseg: Command, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("train", home / "recipe.yaml", "-o", "run", "train.workers=0")
+    with monkeypatch.context() as patch:
+        patch.setattr(api.evaluating, "evaluate", signal_at(1, api.evaluating.evaluate))
+        done = semiseg(*words)
+    assert (done.code, done.err) == (130, "Stopped.\n")
+    assert "run holds no finished run" in semiseg("compare", "run").sentence
+    done = semiseg(*words)
+    assert done.code == 0, done.err
+    assert "loss" not in done.out, "nothing is trained again"
+    same_outcome(Path("run"), home / "run")

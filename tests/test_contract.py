@@ -290,6 +290,7 @@ def test_an_outsiders_method_keeps_the_contract(tmp_path: Path) -> None:
         (testing.check_options, DEAD_OPTION, r"unused=0\.0 gives the same losses"),
         (testing.check_options, UNKNOWN_KIND, "none can be made up"),
     ],
+    ids=lambda value: value.__name__ if callable(value) else "" if "\n" in value else value,
 )
 def test_a_broken_contract_is_found(check: Callable[[Case], None], sin: str, message: str, tmp_path: Path) -> None:
     case = outsider(tmp_path, sin, "Sinner")

@@ -1,6 +1,6 @@
 """Level 6: the losses of 20 steps in float64, to a relative 1e-7.
 
-A change that may alter results says so in its commit, and writes the files anew by `python tests/test_golden.py METHOD...`.
+A change that may alter results says so in its commit and writes the files anew: `python tests/test_golden.py METHOD`.
 """
 
 import sys

@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import multiprocessing
 import os
 import resource
 import signal
@@ -14,7 +15,6 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -411,7 +411,7 @@ def test_a_worker_that_the_system_ends(case: Case) -> None:
     """As the kernel does where memory runs out."""
 
     def kill() -> None:
-        for child in psutil.Process().children():
+        for child in multiprocessing.active_children():
             child.kill()
 
     with pytest.raises(InputError, match=r"train\.workers"):

@@ -379,8 +379,8 @@ def check_seed(case: Case) -> None:
 
 def check_observers(case: Case) -> None:
     """Logging, evaluating and saving more often leaves the run as it is; only the delivered step may be another."""
-    seldom = run(case, "observed seldom", evaluations=1, log_every=100, save_every=100)
-    often = run(case, "observed often", evaluations=6, log_every=1, save_every=1, keep=(0.5, 1.0))
+    seldom = run(case, "observed seldom", steps=6, evaluations=1, log_every=100, save_every=100)
+    often = run(case, "observed often", steps=6, evaluations=3, log_every=1, save_every=1, keep=(0.5, 1.0))
     other = _different(seldom.checkpoints(), often.checkpoints())
     assert not other, f"Evaluating and saving more often changes the run ({other})."
 
@@ -555,7 +555,7 @@ def check_unlabelled(case: Case, used: bool = True) -> None:
 def losses(case: Case, steps: int = 20) -> list[dict[str, float]]:
     """What the steps of all stages return, to be kept and compared with a relative 1e-7.
 
-    Networks and images are in float64, and images are cut at their own size: what else is resized or computed in float32
+    Networks and images are in float64, and images are cut at their own size: what is resized or computed in float32
     differs between processors, and by more than 1e-7 after some steps.
     """
     found: list[dict[str, float]] = []

@@ -140,8 +140,8 @@ def steps(dataset: Steps, start: int, workers: int, pin: bool) -> Iterator[Item]
                 raise item
             yield item
     except (ConnectionError, EOFError) as error:
-        # A worker was killed while it handed over a batch. torch's own error about it comes a moment later, wherever the
-        # process is then: better here.
+        # A worker was killed while it handed over a batch. torch's own error about it comes a moment later, wherever
+        # the process is then: better here.
         time.sleep(1)
         raise RuntimeError("DataLoader worker ended while it handed over a batch") from error
 

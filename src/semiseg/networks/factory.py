@@ -27,7 +27,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from semiseg.networks.net import SegNet, Wrapped
+from semiseg.networks.net import FrozenNorm, SegNet, Wrapped
 from semiseg.networks.weights import load_encoder, load_tensors
 from semiseg.types import InputError, Options, nearest
 
@@ -69,6 +69,8 @@ class NetworkConfig(Options):
     """Of images in 0..1, one number or one a channel; none: the encoder's own, averaged where channels are not 3."""
     std: Positive | tuple[Positive, ...] | None = None
     """Like `mean`."""
+    frozen_norm: FrozenNorm = "none"
+    """Batch norms that keep the initial statistics: the encoder's, where it is pretrained and batches are small."""
     checkpointing: bool = False
     """Computes the encoder twice instead of storing it: less memory, about a third more time, the same result."""
 
@@ -162,7 +164,7 @@ class Build:
         mean, std = self._statistics(card.mean, card.std)
         model = _create(config, self.classes, self.channels)
         try:
-            net = SegNet(model, self.classes, mean, std, self.precision, config.checkpointing)
+            net = SegNet(model, self.classes, mean, std, self.precision, config.checkpointing, config.frozen_norm)
         except (RuntimeError, AssertionError, ValueError) as error:
             reason = _reason(error)
             raise InputError(
@@ -186,7 +188,7 @@ class Build:
             return model
         mean, std = self._statistics((0.0,), (1.0,))
         if isinstance(model, SegmentationModel):
-            return SegNet(model, self.classes, mean, std, self.precision, config.checkpointing)
+            return SegNet(model, self.classes, mean, std, self.precision, config.checkpointing, config.frozen_norm)
         return Wrapped(model, self.classes, mean, std, self.precision)
 
     def _statistics(

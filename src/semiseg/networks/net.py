@@ -7,14 +7,18 @@ segmentation head), here with one resize only and with any image size.
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from semiseg.types import InputError
+
+FrozenNorm = Literal["none", "encoder", "all"]
+"""Whose batch norms keep their running statistics, and normalise by them, in training too."""
 
 _DEPTH = {torch.uint8: 255.0, torch.uint16: 65535.0}
 
@@ -81,6 +85,7 @@ class SegNet(nn.Module):
         std: tuple[float, ...],
         precision: torch.dtype | None = None,
         checkpointing: bool = False,
+        frozen_norm: FrozenNorm = "none",
     ) -> None:
         """`model` has the `encoder`, `decoder` and `segmentation_head` of segmentation_models_pytorch."""
         super().__init__()
@@ -95,6 +100,8 @@ class SegNet(nn.Module):
         _fix_same_padding(encoder)
         if checkpointing:
             _checkpoint_blocks(encoder)
+        part = {"none": nn.Identity(), "encoder": encoder, "all": self}[frozen_norm]
+        self._frozen = tuple(module for module in part.modules() if isinstance(module, _BatchNorm))
         self._measure()
 
     def _measure(self) -> None:
@@ -112,6 +119,13 @@ class SegNet(nn.Module):
         self._real = tuple(m is not image and m.shape[1] > 0 for m in maps)
         self.width, self.stride = fused.shape[1], side // fused.shape[-1]
         assert size == fused.shape[-2:], "a head whose convolution changes the size"
+
+    def train(self, mode: bool = True) -> Self:
+        """Training or evaluation mode; frozen batch norms stay in the latter."""
+        super().train(mode)
+        for norm in self._frozen:
+            norm.eval()
+        return self
 
     def encode(self, image: Tensor) -> list[Tensor]:
         """(B, N, H, W) -> feature maps (B, ., h, w), finest first, without the image itself."""
