@@ -152,6 +152,7 @@ def test_init_check_train(semiseg: Command, flat: Path, tmp_path: Path) -> None:
     assert "no problem found" in done.out
     assert min(pixels("check.png").shape[:2]) > 60
 
+    assert "set train.steps there." in semiseg("train", "recipe.yaml", "-o", "run", "--hours", "2").sentence
     done = semiseg("train", "recipe.yaml", "--out", "run", *TINY, "train.steps=2", "train.workers=0")
     assert done.code == 0, done.err
     assert "test mIoU" in done.out
@@ -246,8 +247,8 @@ def test_predict(semiseg: Command, home: Path, drawn: Path) -> None:
         assert pixels(f"out/overlay/{path.stem}.jpg").shape == (*prediction.mask.shape, 3)
 
     Path("out/scene-00003.png").unlink()
-    assert semiseg(*words).out == "1 masks written to out, 5 were there before\n"
-    assert semiseg("predict", home / "run", images, "-o", "out").out == "0 masks written to out, 6 were there before\n"
+    assert semiseg(*words).out == "1 masks written to out; 5 were there before: remove them to predict again\n"
+    assert semiseg("predict", home / "run", images, "-o", "out").out.startswith("0 masks written to out; 6 were there")
 
 
 def test_predict_goes_on_after_a_damaged_image(semiseg: Command, home: Path, scenes: Path) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from semiseg.engine.log import Log, peak_memory, write_json, write_text
+from semiseg.engine.log import Log, peak_memory
+from semiseg.files import write_json, write_text
 
 
 def record(folder: Path, first: int, last: int) -> None:
@@ -60,7 +61,8 @@ def test_plain_lines_without_a_terminal(tmp_path: Path, capsys: pytest.CaptureFi
         log.progress(4, {"loss": 0.123456, "loss_unlabelled": 1e-5}, rate=31.44)
         log.line("[bold] names in brackets stay, and a line longer than the width of a page is not broken " + "x" * 80)
     first, second = capsys.readouterr().out.splitlines()
-    assert first.startswith("5/10  loss 0.1235  loss_unlabelled 1e-05  31.4 images/s  0:00:00 left  ")
+    assert first.startswith("5/10  0:00:00 left  31.4 images/s  ")
+    assert first.endswith(" GB  loss 0.1235  loss_unlabelled 1e-05")
     assert second.startswith("[bold] names")
     assert second.endswith("xxx")
 
@@ -72,7 +74,7 @@ def test_a_bar_on_a_terminal(
     monkeypatch.setenv("TERM", "xterm")
     with Log(tmp_path, total=10) as log:
         log.progress(4, {"loss": 0.5}, rate=30.0)
-    assert "5/10  loss 0.5" in capsys.readouterr().out
+    assert "5/10  0:00:00 left  30.0 images/s  " in capsys.readouterr().out
 
 
 def test_other_processes_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

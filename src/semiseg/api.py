@@ -237,7 +237,7 @@ def _same(before: Recipe, recipe: Recipe, out: Path) -> int:
         for key in dict.fromkeys((*new, *old)):
             if (section, key) not in may_change and old.get(key) != new.get(key):
                 raise InputError(
-                    f"{out} holds a run with {section}.{key}={old.get(key)}, not {new.get(key)}: "
+                    f"{out} holds a run with {section}.{key}={_text(old.get(key))}, not {_text(new.get(key))}: "
                     "choose another --out, or remove that folder."
                 )
     return before.train.threads

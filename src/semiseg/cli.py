@@ -8,6 +8,7 @@ import math
 import signal
 import sys
 from collections.abc import Mapping
+from datetime import timedelta
 from importlib.metadata import version as installed
 from pathlib import Path
 from types import FrameType
@@ -129,7 +130,7 @@ def _print_results(results: Mapping[str, Any]) -> None:
         print(f"note: {results['note']}")
     if results["skipped"]:
         print(f"unlabelled images that could not be read: {len(results['skipped'])}, named in results.json")
-    print(f"{results['seconds'] / 60:.1f} min of training, at most {results['peak_gb']:.1f} GB")
+    print(f"{timedelta(seconds=round(results['seconds']))} of training, at most {results['peak_gb']:.1f} GB")
 
 
 def _print_classes(per_class: Mapping[str, float | None]) -> None:
@@ -175,7 +176,7 @@ def predict(
     from semiseg import api
 
     done, there, failed = api.predict(api.load(model, window=window), images, out, confidence, overlay)
-    print(f"{done} masks written to {out}" + (f", {there} were there before" if there else ""))
+    print(f"{done} masks written to {out}" + f"; {there} were there before: remove them to predict again" * (there > 0))
     for reason in failed.values():
         print(f"error: {reason}", file=sys.stderr)
     if failed:

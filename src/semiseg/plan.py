@@ -262,7 +262,7 @@ def _choices(data: Data, survey: Survey, device: torch.device) -> dict[str, Line
             "batch": (8, "labelled and as many unlabelled images a step"),
             "crop": (
                 crop,
-                f"(height, width) in px of a training sample; images are mostly {high} high and {wide} wide",
+                f"(height, width) in px of a training sample; images are typically {high} high and {wide} wide",
             ),
             "precision": ("bf16" if bf16 else "fp32", few),
             "channels_last": (True, "the faster memory layout of convolutions"),
@@ -282,7 +282,7 @@ def _working_size(survey: Survey, limit: int) -> tuple[int, Lines]:
     if survey.longest <= working:
         return working, {}
     side = survey.relative * working
-    why = f"longest side in px, mostly from {survey.width}x{survey.height}: objects of {survey.small}, the smallest,"
+    why = f"longest side in px, typically from {survey.width}x{survey.height}: objects of {survey.small}, the smallest,"
     return working, {"size": (working, f"{why} are mostly above {side:.0f} px then")}
 
 

@@ -73,11 +73,14 @@ def open_mask(row: Row, code: MaskCode, size: Size, cache: bool) -> NDArray[np.u
 
 
 def open_pair(
-    row: Row, channels: int, code: MaskCode, size: Size, cache: bool
+    row: Row, channels: int, code: MaskCode, size: Size, cache: bool, whole_mask: bool = False
 ) -> tuple[NDArray[Any], NDArray[np.uint8]]:
-    """The row's image and mask at the size asked for. Raises InputError also where the two files differ in size."""
+    """The row's image and mask at the size asked for, or the mask at its own: `whole_mask`.
+
+    Raises InputError also where the two files differ in size.
+    """
     image, image_shape = _open_image(row, channels, size, cache)
-    mask, mask_shape = _open_mask(row, code, size, cache)
+    mask, mask_shape = _open_mask(row, code, None if whole_mask else size, cache)
     if image_shape != mask_shape:
         raise InputError(
             f"{row.mask}: is {_text(mask_shape)} where its image {row.image} is {_text(image_shape)}; "

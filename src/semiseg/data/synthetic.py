@@ -1,9 +1,9 @@
 """Synthetic landscapes with exact masks, for the demo and the tests: so varied that a few labels do not cover them.
 
-What makes a class is its texture, its shape and its place; its colour says little. Every class has a continuum of
-appearances (`COLOURS`, and the scale, contrast and kind of its texture), and these overlap: water may be as grey as a
-wall and a tree as red as a brick. A handful of labelled scenes shows a few points of each continuum, a few hundred
-unlabelled ones show nearly all of it.
+What makes a class is its texture, its shape and its place; its colour alone does not tell it. Every class has a
+continuum of appearances (`COLOURS`, and the scale, contrast and kind of its texture), and these overlap: a pond may
+be as grey as the sky and a tree as red as a brick. A handful of labelled scenes shows a few points of each continuum, a
+few hundred unlabelled ones show nearly all of it.
 """
 
 import json
@@ -33,11 +33,11 @@ SKY, GROUND, WATER, BUILDING, TREE, ANIMAL, SIGN = range(len(CLASSES))
 COLOURS = {
     SKY: [(70, 130, 215), (150, 190, 230), (215, 220, 225), (150, 155, 165), (230, 170, 120), (150, 110, 150)],
     GROUND: [(85, 130, 55), (150, 150, 70), (200, 175, 110), (140, 100, 65), (120, 120, 115), (225, 228, 235)],
-    WATER: [(40, 90, 150), (60, 140, 150), (90, 115, 70), (130, 110, 80), (130, 140, 150), (190, 205, 220)],
-    BUILDING: [(165, 75, 60), (205, 165, 115), (150, 150, 150), (225, 220, 210), (100, 125, 160), (110, 130, 85)],
-    TREE: [(40, 80, 40), (95, 130, 50), (200, 170, 55), (175, 75, 45), (110, 95, 80), (215, 200, 205)],
-    ANIMAL: [(35, 30, 30), (110, 70, 45), (195, 155, 105), (235, 230, 220), (140, 140, 145), (170, 80, 40)],
-    SIGN: [(205, 35, 40), (230, 190, 40), (240, 240, 235), (40, 80, 180), (40, 130, 80), (230, 120, 40)],
+    WATER: [(30, 70, 140), (50, 130, 150), (75, 105, 80), (95, 110, 125)],
+    BUILDING: [(165, 75, 60), (205, 165, 115), (225, 220, 210), (150, 150, 150), (100, 125, 160)],
+    TREE: [(35, 75, 40), (80, 125, 45), (190, 165, 50), (180, 75, 40)],
+    ANIMAL: [(30, 25, 25), (105, 65, 40), (195, 155, 105), (240, 235, 225)],
+    SIGN: [(210, 30, 40), (235, 190, 30), (40, 90, 200)],
 }
 """Corners of each class's curve of colours, RGB in 0..255."""
 
@@ -51,13 +51,13 @@ def scene(seed: int, size: tuple[int, int] = (96, 128)) -> tuple[np.ndarray, np.
     rng = np.random.default_rng(seed)
     canvas = _Canvas.blank(rng, size)
     horizon = _land(canvas)
-    kinds = [_building] * rng.integers(0, 4) + [_tree] * rng.integers(0, 5) + [_animal] * rng.integers(0, 3)
-    if rng.random() < 0.4:
+    kinds = [_building] * rng.integers(0, 3) + [_tree] * rng.integers(0, 4) + [_animal] * rng.integers(0, 3)
+    if rng.random() < 0.6:
         kinds.append(_sign)
     depths = np.sort(rng.random(len(kinds)) ** 1.5)
     for depth, kind in zip(depths, rng.permutation(np.array(kinds, dtype=object)), strict=True):
         foot = horizon + (0.98 - horizon) * depth
-        kind(canvas, foot, 0.45 + 0.55 * depth)
+        kind(canvas, foot, 0.6 + 0.4 * depth)
     _light(canvas)
     return _camera(canvas), canvas.mask
 
@@ -196,7 +196,7 @@ def _land(canvas: _Canvas) -> float:
     canvas.image[:], canvas.mask[:] = sky, SKY
     near = np.clip((canvas.y - horizon) / (1 - horizon), 0, 1)
     grain = canvas.noise(0.02, 0.02) * (0.4 + near) + rng.uniform(0, 0.8) * canvas.noise(0.1, 0.25)
-    canvas.paint(GROUND, ridge - canvas.y, _lit(canvas.colour(GROUND), rng.uniform(0.1, 0.4) * grain))
+    canvas.paint(GROUND, ridge - canvas.y, _lit(canvas.colour(GROUND), rng.uniform(0.1, 0.3) * grain))
     if rng.random() < 0.55:
         _water(canvas, horizon)
     return horizon
@@ -215,7 +215,7 @@ def _water(canvas: _Canvas, horizon: float) -> None:
 
 def _building(canvas: _Canvas, foot: float, scale: float) -> None:
     rng = canvas.rng
-    high, wide = rng.uniform(0.25, 0.7) * scale, rng.uniform(0.2, 0.6) * scale
+    high, wide = rng.uniform(0.35, 0.75) * scale, rng.uniform(0.3, 0.7) * scale
     left = rng.uniform(-0.1, canvas.width - 0.1)
     slope = high * rng.choice([0, 1]) * rng.uniform(0.2, 0.5)
     canvas = canvas.window(foot - high - slope - 0.02, foot + 0.02, left - 0.02, left + wide + 0.02)
@@ -242,7 +242,7 @@ def _building(canvas: _Canvas, foot: float, scale: float) -> None:
 
 def _tree(canvas: _Canvas, foot: float, scale: float) -> None:
     rng = canvas.rng
-    x, radius = rng.uniform(0, canvas.width), rng.uniform(0.1, 0.22) * scale
+    x, radius = rng.uniform(0, canvas.width), rng.uniform(0.12, 0.26) * scale
     stem, tall = rng.uniform(0.3, 1.5) * radius, rng.uniform(0.8, 1.4)
     canvas = canvas.window(
         foot - stem - 2.6 * tall * radius, foot + 0.3 * radius + 0.02, x - 1.6 * radius, x + 1.6 * radius
@@ -262,7 +262,7 @@ def _tree(canvas: _Canvas, foot: float, scale: float) -> None:
 
 def _animal(canvas: _Canvas, foot: float, scale: float) -> None:
     rng = canvas.rng
-    long, x = rng.uniform(0.1, 0.2) * scale, rng.uniform(0.05, canvas.width - 0.05)
+    long, x = rng.uniform(0.16, 0.3) * scale, rng.uniform(0.05, canvas.width - 0.05)
     high, leg = long * rng.uniform(0.5, 0.7), long * rng.uniform(0.4, 0.8)
     facing = rng.choice([-1, 1])
     canvas = canvas.window(foot - leg - 2.5 * high, foot + 0.3 * long, x - 1.6 * long, x + 1.6 * long)
@@ -283,7 +283,7 @@ def _animal(canvas: _Canvas, foot: float, scale: float) -> None:
 
 def _sign(canvas: _Canvas, foot: float, scale: float) -> None:
     rng = canvas.rng
-    radius, x = rng.uniform(0.08, 0.13) * scale, rng.uniform(0.1, canvas.width - 0.1)
+    radius, x = rng.uniform(0.13, 0.2) * scale, rng.uniform(0.1, canvas.width - 0.1)
     y = foot - rng.uniform(1.8, 3.5) * radius
     canvas = canvas.window(y - 1.5 * radius, foot + 0.02, x - 1.5 * radius, x + 1.5 * radius)
     post = _box(canvas, y, foot, x - 0.12 * radius - 0.005, x + 0.12 * radius + 0.005)
@@ -302,23 +302,27 @@ def _sign(canvas: _Canvas, foot: float, scale: float) -> None:
 
 
 def _light(canvas: _Canvas) -> None:
-    """A gradient, cast shadows, a colour cast and the exposure."""
+    """A gradient, cast shadows, paler or stronger colours, haze, a colour cast and the exposure."""
     rng = canvas.rng
     slope = rng.uniform(-0.4, 0.4, 2)
     ramp = 1 + slope[0] * (canvas.y - 0.5) + slope[1] * (canvas.x / canvas.width - 0.5)
-    shadow = 1 - rng.uniform(0, 0.5) * np.clip(4 * canvas.noise(0.4, 0.5) - rng.uniform(0, 4), 0, 1)
-    cast = rng.uniform(0.75, 1.1) * rng.normal(1, 0.08, 3)
-    canvas.image[:] *= (ramp * shadow)[..., None] * cast.astype(np.float32)
+    shadow = 1 - rng.uniform(0, 0.35) * np.clip(4 * canvas.noise(0.4, 0.5) - rng.uniform(0, 4), 0, 1)
+    cast = rng.uniform(0.7, 1.1) * rng.normal(1, 0.05, 3)
+    strength, haze, air = (np.float32(rng.uniform(*span)) for span in ((0.7, 1.15), (0, 0.2), (0.5, 0.9)))
+    lit = canvas.image * (ramp * shadow)[..., None]
+    grey = lit.mean(2, keepdims=True)
+    clear = grey + strength * (lit - grey)
+    canvas.image[:] = ((1 - haze) * clear + haze * air) * cast.astype(np.float32)
 
 
 def _camera(canvas: _Canvas) -> np.ndarray:
     """Blur, tone curve, noise and rounding -> (H, W, 3) uint8."""
     rng = canvas.rng
-    side = rng.uniform(0, 0.25)
+    side = rng.uniform(0, 0.2)
     image = np.pad(canvas.image, ((1, 1), (1, 1), (0, 0)), mode="edge")
     image = (1 - 2 * side) * image[1:-1] + side * (image[:-2] + image[2:])
     image = (1 - 2 * side) * image[:, 1:-1] + side * (image[:, :-2] + image[:, 2:])
     image = np.clip(image, 0, 1) ** np.float32(rng.uniform(0.75, 1.35))
-    image += rng.uniform(0.01, 0.05) * rng.standard_normal(image.shape, dtype=np.float32)
+    image += rng.uniform(0.005, 0.03) * rng.standard_normal(image.shape, dtype=np.float32)
     rounded: np.ndarray = np.round(255 * np.clip(image, 0, 1)).astype(np.uint8)
     return rounded

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from semiseg.data.cache import open_image, open_mask
+from semiseg.data.cache import open_pair
 from semiseg.data.rows import Rows
 from semiseg.data.splits import Data
 from semiseg.engine.memory import memory_errors
@@ -59,9 +59,7 @@ def evaluate(net: nn.Module, rows: Rows, data: Data, config: InferenceConfig, de
     net.eval()
 
     def read(i: int) -> tuple[Tensor, Tensor]:
-        row = rows[i]
-        image = open_image(row, d.channels, d.size, d.cache)
-        mask = open_mask(row, data.code, None, False)
+        image, mask = open_pair(rows[i], d.channels, data.code, d.size, d.cache, whole_mask=True)
         return to_tensor(image), torch.from_numpy(mask)
 
     confusions = []

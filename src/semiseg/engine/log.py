@@ -19,6 +19,9 @@ from semiseg.files import appending, replacing, write_text
 PANELS = {"loss": "losses", "rate": "learning rates", "val": "validation", "": "other"}
 """Which panel of curves.png a metric belongs to, by how its name begins; the first that fits."""
 
+BAR = 16
+"""Characters of the live bar."""
+
 
 class Log:
     """The record of one stage of a run, called at the log interval only.
@@ -36,7 +39,7 @@ class Log:
         self.began = time.monotonic()
         self.console = Console()
         # No thread of its own: a bar that redraws between log intervals would take time from the run.
-        columns = BarColumn(), TextColumn("{task.description}", markup=False)
+        columns = BarColumn(BAR), TextColumn("{task.description}", markup=False)
         self.bar = Progress(*columns, console=self.console, auto_refresh=False)
         self.task = self.bar.add_task("starting", total=total, completed=start)
         self.live = active and self.console.is_interactive
@@ -66,12 +69,12 @@ class Log:
         done = step + 1
         seconds = (self.total - done) * (time.monotonic() - self.began) / (done - self.start)
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        text = (
-            f"{done}/{self.total}  {numbers}  {rate:.1f} images/s  {timedelta(seconds=round(seconds))} left  "
-            f"{peak_memory():.1f} GB"
-        )
+        left = timedelta(seconds=round(seconds))
+        # The numbers last: a narrow terminal cuts the end.
+        text = f"{done}/{self.total}  {left} left  {rate:.1f} images/s  {peak_memory():.1f} GB  {numbers}"
         if self.live:
-            self.bar.update(self.task, completed=done, description=text, refresh=True)
+            shown = text[: self.console.width - BAR - 2]  # a longer text would push the bar out
+            self.bar.update(self.task, completed=done, description=shown, refresh=True)
         else:
             self.line(text)
 

@@ -1,5 +1,6 @@
 """From image files to mask files at the images' own sizes: resumable, each file written at once."""
 
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from rich.progress import track
 
 from semiseg.data.cache import resize_image, target_size
 from semiseg.data.formats import read_image, write_mask
@@ -110,7 +112,8 @@ def predict_files(
             return error
 
     failed: dict[str, str] = {}
-    for (source, results), image in zip(todo, ahead(read, todo), strict=True):
+    images = track(ahead(read, todo), "predicting", len(todo), transient=True, disable=not sys.stdout.isatty())
+    for (source, results), image in zip(todo, images, strict=True):
         if isinstance(image, InputError):
             failed[str(source)] = str(image)
             continue

@@ -334,7 +334,7 @@ def _probe(address: str) -> None:
     if thread.is_alive():
         raise TimeoutError(f"no answer from {address} in {_PROBE_SECONDS} s")
     if errors:
-        raise errors[0]
+        raise ConnectionError(f"{address} cannot be reached") from errors[0]
 
 
 def find_weights(text: str, base: Path | None) -> Path:
