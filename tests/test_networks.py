@@ -156,6 +156,29 @@ def test_layout_does_not_matter() -> None:
         torch.testing.assert_close(other(image), net(image))
 
 
+@pytest.mark.parametrize(
+    ("frozen", "encoder_moves", "decoder_moves"),
+    [
+        ("none", True, True),
+        ("encoder", False, True),
+        ("all", False, False),
+    ],
+)
+def test_frozen_batch_norms_keep_their_statistics_in_training(
+    frozen: str, encoder_moves: bool, decoder_moves: bool
+) -> None:
+    net = segnet(frozen_norm=frozen, name="deeplabv3plus").train()
+    teacher = copy.deepcopy(net).eval().train()  # a copy freezes its own modules
+    for one in (net, teacher):
+        before = {name: value.clone() for name, value in one.named_buffers()}
+        with torch.no_grad():
+            one(images(4, 3, 64, 64))
+        moved = {name for name, value in one.named_buffers() if not torch.equal(value, before[name])}
+        assert any(name.startswith("encoder.") for name in moved) == encoder_moves
+        assert any(name.startswith("decoder.") for name in moved) == decoder_moves
+    assert all(p.requires_grad for p in net.parameters())
+
+
 def test_same_padding_is_timms() -> None:
     timms = timm.create_model("mobilenetv2_100", pad_type="same", features_only=True).eval()
     net = segnet(encoder="mobilenetv2_100", encoder_options={"pad_type": "same"}, name="unet")

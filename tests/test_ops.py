@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from semiseg.ops import colour, ema, losses, metrics, mix, pseudo, resize
+from semiseg.ops import colour, ema, losses, metrics, mix, norm, pseudo, resize
 from semiseg.types import IGNORE, VIEW, Share
 
 C = 4
@@ -658,3 +658,17 @@ def test_nothing_waits_for_the_device() -> None:
         metrics.miou(metrics.confusion(label, mask, C))
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_kept_statistics() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, momentum=0.3), nn.BatchNorm2d(4, momentum=None))
+    image = torch.rand(2, 3, 5, 5)
+    expected = copy.deepcopy(net)(image)
+    before = [buffer.clone() for buffer in net.buffers() if buffer.is_floating_point()]
+    with norm.kept_statistics(net):
+        torch.testing.assert_close(net(image), expected)  # still normalised by the batch
+    after = [buffer for buffer in net.buffers() if buffer.is_floating_point()]
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    assert [module.momentum for module in net[1:]] == [0.3, None]
+    net(image)
+    assert not torch.equal(after[0], before[0])
