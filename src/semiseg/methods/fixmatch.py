@@ -31,6 +31,7 @@ from semiseg.ops.pseudo import pseudo_label
 from semiseg.types import Clock, Labelled, Options, Unlabelled
 
 Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
 
 
 class FixMatch(StepMethod):
@@ -53,6 +54,10 @@ class FixMatch(StepMethod):
         labelled leaves out the strong views, whose colours no real image has (forward: apart only)."""
         jitter: tuple[Share, Share, Share, Annotated[float, Field(ge=0, le=0.5)]] = (0.5, 0.5, 0.5, 0.25)
         """Largest change of brightness, contrast, saturation and hue in the strong view."""
+        blur: Share = 0.5
+        """Share of the strong views that are blurred."""
+        sigma: tuple[Positive, Positive] = (0.1, 2.0)
+        """Range of the blur's standard deviation in px; papers' crops are 321 to 801 px wide, small ones need less."""
         cutmix: Share = 0.5
         """Share of the images that get a box of another image."""
         cutmix_area: tuple[Share, Share] = (0.02, 0.4)
@@ -84,7 +89,7 @@ class FixMatch(StepMethod):
             label, confidence = pseudo_label(self.teacher(unlabelled.image))
             confident = (confidence >= c.threshold) & unlabelled.valid
             u = unlabelled.view(0)
-            image = strong(to_float(unlabelled.image), u, c.jitter)
+            image = strong(to_float(unlabelled.image), u, c.jitter, blur_probability=c.blur, sigma=c.sigma)
             size = (image.shape[2], image.shape[3])
             box = cutmix_box(u, size, c.cutmix_area, c.cutmix)
             image, label, selected, valid = mix(box, unlabelled.partner, image, label, confident, unlabelled.valid)
