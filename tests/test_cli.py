@@ -22,6 +22,8 @@ from PIL import Image
 
 from semiseg import api, methods
 from semiseg.engine import session
+from semiseg.files import sweep
+from semiseg.types import InputError
 
 Command = Callable[..., Any]
 """The fixture `semiseg` of conftest.py."""
@@ -251,6 +253,23 @@ def test_predict(semiseg: Command, home: Path, drawn: Path) -> None:
     assert semiseg("predict", home / "run", images, "-o", "out").out.startswith("0 masks written to out; 6 were there")
 
 
+def test_predict_into_a_folder_of_images(semiseg: Command, home: Path, scenes: Path) -> None:
+    """Results of an earlier call are no images, and no image is taken for its mask."""
+    images = scenes / "images/test"
+    assert semiseg("predict", home / "run", images, "-o", images).sentence.endswith("choose another --out.")
+    words = ("predict", home / "run", images, "-o", images / "masks", "--overlay")
+    assert semiseg(*words).out.startswith("6 masks")
+    assert semiseg(*words).out.startswith("0 masks written to")
+    assert len(list(images.rglob("*.png"))) == 12
+
+
+def test_predict_an_array_that_is_no_image(home: Path) -> None:
+    model = api.load(home / "run")
+    for image in (np.zeros((32, 32), np.uint8), np.zeros((32, 32, 3), np.float32)):
+        with pytest.raises(InputError, match=r"give \(H, W, 3\) in uint8 or uint16"):
+            model.predict(image)
+
+
 def test_predict_goes_on_after_a_damaged_image(semiseg: Command, home: Path, scenes: Path) -> None:
     (scenes / "images/test/scene-00002.png").write_bytes(b"damaged")
     done = semiseg("predict", home / "run", scenes / "images/test", "-o", "out")
@@ -271,6 +290,58 @@ def test_compare(semiseg: Command, home: Path) -> None:
     plain = json.loads(semiseg("compare", home / "run", "base-0", "base-1", "--json").out)
     assert [line["runs"] for line in plain] == [1, 2]
     assert plain[0]["miou"] == pytest.approx(100 * json.loads((home / "run/results.json").read_text())["miou"])
+
+
+def test_a_method_in_a_file_elsewhere(semiseg: Command, recipe: Path, tmp_path: Path) -> None:
+    """The run's own copy serves where the file is gone; a run does not go on with another text."""
+    code = tmp_path / "code" / "mine.py"
+    code.parent.mkdir()
+    code.write_text("from semiseg.methods.supervised import Supervised as Mine\n")
+    words = ("train", recipe, "-o", "own", "method=code/mine.py:Mine")
+    assert semiseg(*words, "train.steps=4").code == 0
+    assert semiseg(*words, "train.steps=4").out.startswith("own holds this run, finished.")
+    code.write_text(code.read_text() + "# edited\n")
+    assert "mine.py is not what own began with: choose another --out" in semiseg(*words, "train.steps=4").sentence
+    code.unlink()
+    assert semiseg("evaluate", "own").code == 0
+    assert semiseg("compare", "own").code == 0
+
+
+def test_what_a_killed_process_was_writing_goes(tmp_path: Path) -> None:
+    names = (".0123456789ab.last.pt", ".0123456789.last.pt", "last.pt")
+    for name in names:
+        (tmp_path / "checkpoints").mkdir(exist_ok=True)
+        (tmp_path / "checkpoints" / name).touch()
+    sweep(tmp_path)
+    assert {path.name for path in tmp_path.rglob("*.pt")} == set(names[1:])
+
+
+def test_masks_without_any_class(semiseg: Command, recipe: Path, scenes: Path) -> None:
+    for path in (scenes / "masks/test").iterdir():
+        Image.fromarray(np.full((48, 64), 255, np.uint8)).save(path)
+    done = semiseg("train", recipe, "-o", "run", "train.steps=4")
+    assert done.code == 0, done.err
+    assert "test mIoU not known, as no mask has a class" in done.out
+
+
+def test_compare_folds(semiseg: Command, recipe: Path, flat: Path, drawn: Path) -> None:
+    """The folds of a recipe are one line, paired with those of another one."""
+    shutil.copy(drawn / "classes.json", flat)
+    recipe.write_text(recipe.read_text().replace("splits", "folder, folds: 2").replace("/scenes", f"/{flat.name}"))
+    runs = [f"{method}-{fold}" for method in ("supervised", "fixmatch") for fold in (0, 1)]
+    for run in runs:
+        method, fold = run.split("-")
+        assert semiseg("train", recipe, "-o", run, f"method={method}", f"data.fold={fold}", "train.steps=4").code == 0
+    base, other = json.loads(semiseg("compare", *runs, "--json").out)
+    assert (base["runs"], other["runs"], other["covers"]) == (2, 2, "folds")
+    assert other["difference"] == pytest.approx(other["miou"] - base["miou"])
+    assert "fold 0 of 2" in base["family"]
+    assert base["family"].endswith(", and 1 more")
+    apart = json.loads(semiseg("compare", runs[0], runs[3], "--json").out)[1]
+    assert (apart["difference"], apart["interval"]) == (None, None), "other images were scored"
+
+    done = semiseg("evaluate", "supervised-1", "--data", flat)
+    assert done.out == semiseg("evaluate", "supervised-1").out, "divided as for the training"
 
 
 @pytest.mark.filterwarnings("ignore")  # the exporter's own, about its own future

@@ -57,6 +57,14 @@ def test_a_term_is_total_over_count_times_its_weight() -> None:
     assert weight(method.net) == 2 - (0.5 + 2) * 3
 
 
+def test_colours_that_are_left_out_are_named() -> None:
+    network = NetworkConfig(encoder="test_resnet", weights="random", options={"encoder_depth": 3})
+    for channels, named in ((3, False), (4, True)):
+        build = Build(2, channels, network, OptimConfig())
+        methods.FixMatch(methods.FixMatch.Config(), build)
+        assert any("colours stay" in line for line in build.report) is named
+
+
 def test_over_rescales() -> None:
     """U2PL's weight: total / count times over / count."""
     method = Pair()

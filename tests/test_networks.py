@@ -105,6 +105,12 @@ def test_the_logits_are_smps_up_to_the_last_resize(name: str) -> None:
         torch.testing.assert_close(net(image), expected)
 
 
+def test_one_image_is_too_few_for_a_batch_norm_behind_a_pooling() -> None:
+    with pytest.raises(InputError, match=r"train\.batch: 1 is too few"):
+        segnet(name="deeplabv3plus").train()(images(1, 3, 64, 64))
+    segnet(name="fpn").train()(images(1, 3, 64, 64))
+
+
 def test_an_image_is_padded_by_its_edge() -> None:
     net, image = segnet(), images(1, 3, 45, 70)
     padded = np.pad(image.numpy(), ((0, 0), (0, 0), (0, 3), (0, 10)), mode="edge")

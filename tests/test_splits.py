@@ -418,8 +418,8 @@ def test_shares_are_rounded_half_up(tree: Tree, share: str, count: int) -> None:
     assert len(load(root, labelled=share).labelled) == count
 
 
-@pytest.mark.parametrize("share", ["0.125", ".125", "1 / 8", "2/16"])
-def test_ways_to_write_a_share(tree: Tree, share: str) -> None:
+@pytest.mark.parametrize("share", ["0.125", ".125", "1 / 8", "2/16", 0.125])
+def test_ways_to_write_a_share(tree: Tree, share: str | float) -> None:
     assert len(load(tree(pairs(numbered(8))), labelled=share).labelled) == 1
 
 

@@ -31,8 +31,8 @@ from semiseg.engine.evaluate import Scores
 from semiseg.engine.memory import memory_errors, smaller
 from semiseg.engine.predict import Prediction, Predictor, predict_files
 from semiseg.engine.session import Session
-from semiseg.files import write_json, write_text
-from semiseg.networks.factory import Build, NetworkConfig, OptimConfig, find_weights
+from semiseg.files import replacing, sweep, write_json, write_text
+from semiseg.networks.factory import Build, NetworkConfig, OptimConfig, code_file, find_weights
 from semiseg.networks.weights import read_model, save_model
 from semiseg.plan import plan
 from semiseg.types import InferenceConfig, InputError, Labelled, Options, nearest
@@ -68,9 +68,18 @@ class Model:
         return self.predictor.net
 
     def predict(self, image: str | Path | NDArray[np.generic]) -> Prediction:
-        """Predicts a file, or an array (H, W, N) uint8 or uint16: mask and confidence at its own size."""
+        """Predicts a file, or an array (H, W, N) uint8 or uint16: mask and confidence at its own size.
+
+        Raises:
+            InputError: the file cannot be read, or the array is another one.
+        """
         if isinstance(image, str | Path):
             image = read_image(Path(image), self.predictor.channels)
+        if image.ndim != 3 or image.dtype not in (np.uint8, np.uint16):
+            raise InputError(
+                f"An image of shape {image.shape} and type {image.dtype} cannot be predicted: give (H, W, "
+                f"{self.predictor.channels}) in uint8 or uint16, or a file."
+            )
         return self.predictor(image)
 
 
@@ -153,11 +162,12 @@ def run(recipe: Recipe, out: Path, base: Path | None = None) -> Model:
     """Runs a recipe in the folder `out`; see `train`."""
     parallel.world()
     recipe, copies = _resolve(recipe, base)
-    recipe = _for_folder(recipe, out)
+    recipe = _for_folder(recipe, out, copies)
     if (out / "results.json").exists():
         print(f"{out} holds this run, finished.")
         return load(out)
     torch.set_num_threads(recipe.train.threads)
+    sweep(out)
     with _nothing_half_written(out), memory_errors(smaller(recipe.train)):
         _run(recipe, out, base, copies)
     return load(out)
@@ -207,12 +217,12 @@ def _resolve(recipe: Recipe, base: Path | None) -> tuple[Recipe, list[Path]]:
     network = recipe.network
     if network.weights not in ("pretrained", "random"):
         network = network.model_copy(update={"weights": str(find_weights(network.weights, base).resolve())})
-    names = (recipe.method.name, recipe.network.name)
-    copies = [(base or Path()) / name.partition(":")[0] for name in names if ".py:" in name]
+    places = (name.rpartition(":")[0] for name in (recipe.method.name, recipe.network.name))
+    copies = [code_file(place, base) for place in places if place.endswith(".py")]
     return recipe.model_copy(update={"data": located(recipe.data, base), "network": network}), copies
 
 
-def _for_folder(recipe: Recipe, out: Path) -> Recipe:
+def _for_folder(recipe: Recipe, out: Path, copies: list[Path]) -> Recipe:
     """The recipe with the number of threads that the run began with, or that it will begin with.
 
     Raises:
@@ -221,6 +231,11 @@ def _for_folder(recipe: Recipe, out: Path) -> Recipe:
     stored = out / "recipe.yaml"
     if stored.exists():
         threads = _same(load_recipe(stored), recipe, out)
+        for path in copies:
+            if (out / path.name).is_file() and path.is_file() and (out / path.name).read_bytes() != path.read_bytes():
+                raise InputError(
+                    f"{path} is not what {out} began with: choose another --out, or restore it from there."
+                )
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} holds something that is not a run: choose another --out.")
     else:
@@ -271,7 +286,8 @@ def _write_recipe(recipe: Recipe, out: Path, copies: list[Path]) -> None:
     if (out / "recipe.yaml").exists():
         return
     for path in copies:
-        write_text(out / path.name, path.read_text(encoding="utf-8"))
+        with replacing(out / path.name) as part:
+            part.write_bytes(path.read_bytes())
     head = f"# semiseg {version('semiseg')}, commit {_commit()}\n"
     write_text(out / "recipe.yaml", head + yaml.safe_dump(recipe.dump(), sort_keys=False, default_flow_style=None))
 
@@ -410,7 +426,8 @@ def evaluate(model: Model | str | Path, data: str | Path | Data | None = None, s
 
     Args:
         model: a model, or the path of one.
-        data: a recipe, a data folder, or loaded data; none: the data that the run was trained on.
+        data: a recipe, a data folder, or loaded data; none, or the folder that the run was trained on: the run's own
+            data, divided as it was for the training.
         split: train, val or test.
 
     Raises:
@@ -418,8 +435,8 @@ def evaluate(model: Model | str | Path, data: str | Path | Data | None = None, s
     """
     if not isinstance(model, Model):
         model = load(model)
-    if data is None:
-        recipe = _run_folder(model) / "recipe.yaml"
+    recipe = _run_folder(model) / "recipe.yaml"
+    if data is None or (isinstance(data, str | Path) and _trained_on(recipe, Path(data))):
         if not recipe.exists():
             raise InputError(f"{model.folder} does not lie in a run folder: name the data to evaluate on.")
         data = recipe
@@ -449,6 +466,14 @@ class _AsModule(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         return self.function(image)
+
+
+def _trained_on(recipe: Path, folder: Path) -> bool:
+    # A new division of the same folder would put training images into the test split.
+    if not folder.is_dir() or not recipe.exists():
+        return False
+    root = Path(load_recipe(recipe).data.root)
+    return root.exists() and folder.samefile(root)
 
 
 def _run_folder(model: Model) -> Path:
@@ -528,7 +553,7 @@ def export(model: Model | str | Path, path: str | Path | None = None) -> tuple[P
 
 
 def compare(runs: Sequence[str | Path]) -> list[comparing.Line]:
-    """One line for each recipe among the runs; runs that differ in their seeds only are one recipe's.
+    """One line for each recipe among the runs; runs that differ in their seeds and folds only are one recipe's.
 
     Raises:
         InputError: a run is not finished.
@@ -543,7 +568,7 @@ def compare(runs: Sequence[str | Path]) -> list[comparing.Line]:
         recipe = load_recipe(folder / "recipe.yaml")
         results = yaml.safe_load((folder / "results.json").read_text(encoding="utf-8"))
         options = recipe.dump()
-        seeds = (options["train"].pop("seed"), options["data"].pop("split_seed"))
+        seeds = (options["train"].pop("seed"), options["data"].pop("split_seed"), options["data"].pop("fold"))
         for section, key in FREE:
             options[section].pop(key)
         found.append(comparing.Run(folder.name, options, seeds, results, scores))

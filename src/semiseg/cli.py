@@ -124,7 +124,8 @@ def _print_results(results: Mapping[str, Any]) -> None:
         print(f"no image is held out, so there is no score; delivered: {results['delivered']}")
     else:
         images = f"{results['images']} {results['split']} images"
-        print(f"{results['split']} mIoU {100 * results['miou']:.2f} on {images}; delivered: {results['delivered']}")
+        score = "not known, as no mask has a class" if results["miou"] is None else f"{100 * results['miou']:.2f}"
+        print(f"{results['split']} mIoU {score} on {images}; delivered: {results['delivered']}")
         _print_classes(results["per_class"])
     if results["note"]:
         print(f"note: {results['note']}")
@@ -185,7 +186,7 @@ def predict(
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders; what differs in seeds only is averaged.")],
+    runs: Annotated[list[Path], typer.Argument(help="Run folders; what differs in seeds and folds only is averaged.")],
     as_json: Json = False,
 ) -> None:
     """Print one table of runs: mean, spread, paired differences to the first with intervals, minutes, memory."""

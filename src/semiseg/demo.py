@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stderr, redirect_stdout
@@ -175,7 +175,7 @@ def draw(runs: Mapping[str, Path], scenes: Path, path: Path, shown: int = SHOWN)
     colours = np.full((IGNORE + 1, 3), 255, np.uint8)
     colours[: len(synthetic.PALETTE)] = synthetic.PALETTE
     figure = Figure(figsize=(2.6 * (2 + len(models)), 1.75 * len(images) + 0.9), layout="constrained")
-    grid: Sequence[Sequence[Any]] = figure.subplots(len(images), 2 + len(models), squeeze=False)
+    grid = figure.subplots(len(images), 2 + len(models), squeeze=False)
     for line, image in zip(grid, images, strict=True):
         reference = np.asarray(Image.open(scenes / "masks" / "test" / image.name))
         masks = {"reference": reference} | {title: model.predict(image).mask for title, model in models.items()}
@@ -186,7 +186,9 @@ def draw(runs: Mapping[str, Path], scenes: Path, path: Path, shown: int = SHOWN)
             if image is images[0]:
                 axes.set_title(title, fontsize="medium")
     named = dict(zip(synthetic.CLASSES, synthetic.PALETTE, strict=True)) | {"no label": (255, 255, 255)}
-    patches = [Patch(facecolor=np.array(c) / 255, edgecolor="grey", label=name) for name, c in named.items()]
+    patches = [
+        Patch(facecolor=(c[0] / 255, c[1] / 255, c[2] / 255), edgecolor="grey", label=name) for name, c in named.items()
+    ]
     figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), fontsize="small")
     with replacing(path) as part:
         figure.savefig(part, dpi=110)

@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -38,6 +39,13 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # it may never have come to be
             part.unlink()
+
+
+def sweep(folder: Path) -> None:
+    """Removes what `replacing` was writing below the folder when its process was killed."""
+    for part in folder.rglob(".*"):
+        if re.match(r"\.[0-9a-f]{12}\.", part.name):
+            part.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from semiseg.data.formats import Colour, MaskCode, read_mask
 from semiseg.data.rows import Rows
@@ -75,6 +75,11 @@ class DataConfig(Options):
     """Mirror half of the training images."""
     cache: bool = True
     """Keep resized images on the disk ($SEMISEG_CACHE, else ~/.cache/semiseg)."""
+
+    @field_validator("labelled", mode="before")
+    @classmethod
+    def _share_as_text(cls, value: object) -> object:
+        return str(value) if isinstance(value, float) else value
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

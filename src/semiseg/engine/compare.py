@@ -1,4 +1,4 @@
-"""Runs side by side: mean and spread over seeds, paired differences with intervals."""
+"""Runs side by side: mean and spread over seeds and folds, paired differences with intervals."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -10,18 +10,18 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from semiseg.engine.evaluate import Scores
-from semiseg.ops.metrics import iou
+from semiseg.ops.metrics import miou
 
 RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its options without seeds, its seeds, `results.json` and the scores behind it."""
+    """A finished run: its options without seeds and fold, (seed, split seed, fold), `results.json` and its scores."""
 
     name: str
     options: Mapping[str, Any]
-    seeds: tuple[int, int]
+    seeds: tuple[int, int, int]
     results: Mapping[str, Any]
     scores: Scores
 
@@ -41,13 +41,14 @@ class Line:
     interval: tuple[float, float] | None
     """95 % interval of the difference."""
     covers: str | None
-    """What the interval covers: `training` (paired over seeds) or `images` (one pair of runs, the split resampled)."""
+    """What the interval covers: `training` (paired over seeds), `folds` (paired over them), or `images` (one pair of
+    runs, the split resampled)."""
     minutes: float
     peak_gb: float
 
 
 def compare(runs: Sequence[Run]) -> list[Line]:
-    """Groups runs that differ in their seeds only; the first run's group is what the others are compared with."""
+    """Groups runs that differ in seeds and folds only; the first run's group is what the others are compared with."""
     groups: list[list[Run]] = []
     for run in runs:
         group = next((g for g in groups if g[0].options == run.options), None)
@@ -61,25 +62,25 @@ def compare(runs: Sequence[Run]) -> list[Line]:
 
 def _line(label: str, group: list[Run], first: list[Run]) -> Line:
     values = np.array([100 * run.scores.miou for run in group])
-    split, family = group[0].results["split"], group[0].results["family"]
+    families = list(dict.fromkeys(run.results["family"] for run in group))
     difference = interval = covers = None
-    comparable = split == first[0].results["split"] and group[0].scores.classes == first[0].scores.classes
-    if group is not first and comparable:
+    if group is not first:
         by_seed = {run.seeds: run for run in first}
         pairs = [(run, by_seed[run.seeds]) for run in group if run.seeds in by_seed]
+        pairs = [(a, b) for a, b in pairs if _same_images(a, b)]
         changes = np.array([100 * (a.scores.miou - b.scores.miou) for a, b in pairs])
         if len(pairs) > 1:
-            difference, covers = float(changes.mean()), "training"
+            difference = float(changes.mean())
+            covers = "folds" if len({run.seeds[2] for run, _ in pairs}) > 1 else "training"
             half = float(stats.t.ppf(0.975, len(pairs) - 1) * changes.std(ddof=1) / np.sqrt(len(pairs)))
             interval = (difference - half, difference + half)
         elif len(pairs) == 1:
             difference = float(changes[0])
-            if pairs[0][0].scores.names == pairs[0][1].scores.names:
-                interval, covers = _over_images(pairs[0][0].scores, pairs[0][1].scores), "images"
+            interval, covers = _over_images(pairs[0][0].scores, pairs[0][1].scores), "images"
     return Line(
         label=label,
-        split=split,
-        family=family,
+        split=group[0].results["split"],
+        family=families[0] + f", and {len(families) - 1} more" * (len(families) > 1),
         runs=len(group),
         miou=float(values.mean()),
         spread=float(values.std(ddof=1)) if len(values) > 1 else None,
@@ -89,6 +90,11 @@ def _line(label: str, group: list[Run], first: list[Run]) -> Line:
         minutes=float(np.mean([run.results["seconds"] / 60 for run in group])),
         peak_gb=max(run.results["peak_gb"] for run in group),
     )
+
+
+def _same_images(a: Run, b: Run) -> bool:
+    same_split = a.results["split"] == b.results["split"]
+    return same_split and a.scores.names == b.scores.names and a.scores.classes == b.scores.classes
 
 
 def _over_images(a: Scores, b: Scores) -> tuple[float, float]:
@@ -103,7 +109,7 @@ def _over_images(a: Scores, b: Scores) -> tuple[float, float]:
 def _mious(confusions: NDArray[np.int64], weights: NDArray[np.int64]) -> NDArray[np.float64]:
     classes = confusions.shape[1]
     totals = (weights @ confusions.reshape(len(confusions), -1)).reshape(len(weights), classes, classes)
-    values: NDArray[np.float64] = np.nanmean(iou(torch.from_numpy(totals)).numpy(), axis=1)
+    values: NDArray[np.float64] = miou(torch.from_numpy(totals)).numpy()
     return values
 
 
@@ -158,12 +164,16 @@ def as_markdown(lines: Sequence[Line]) -> str:
         "",
         "Split: " + families[0] + "."
         if len(families) == 1
-        else "These splits differ, so the numbers do not compare: " + "; ".join(families) + ".",
+        else "These splits differ; a difference stands where the scored images are the same: "
+        + "; ".join(families)
+        + ".",
     ]
     if any(line.covers == "images" for line in lines):
         text.append(
             "An interval over images covers the choice of images, not the noise of training: train more seeds for that."
         )
+    if any(line.covers == "folds" for line in lines):
+        text.append("Folds share most of their training images, so that an interval over folds is rather too narrow.")
     return "\n".join(text)
 
 

@@ -18,7 +18,7 @@ from semiseg.data.splits import Data
 from semiseg.engine.memory import memory_errors
 from semiseg.files import replacing
 from semiseg.ops.colour import to_float
-from semiseg.ops.metrics import confusion, iou
+from semiseg.ops.metrics import confusion, iou, miou
 from semiseg.ops.resize import resize
 from semiseg.types import InferenceConfig, InputError
 
@@ -44,8 +44,8 @@ class Scores:
 
     @property
     def miou(self) -> float:
-        """Mean over the classes that the reference has, 0..1."""
-        return float(np.nanmean(list(self.per_class.values())))
+        """Mean over the classes that the reference has, 0..1; NaN where it has none."""
+        return float(miou(torch.from_numpy(self.confusions.sum(0))))
 
     @property
     def absent(self) -> tuple[str, ...]:

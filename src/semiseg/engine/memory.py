@@ -31,7 +31,7 @@ def smaller(config: TrainConfig) -> str:
     """The advice for training: half the batch, or three quarters of the crop's sides."""
     crop = [max(32, side * 3 // 4 // 32 * 32) for side in config.crop]
     ways = [f"train.crop=[{crop[0]},{crop[1]}]"] if crop < list(config.crop) else []
-    if config.batch > 1:
+    if config.batch > 3:  # a batch of one is too few for some networks
         ways.insert(0, f"train.batch={config.batch // 2}")
     ways.append("a smaller network.encoder")
     return f"with train.batch={config.batch} and train.crop={list(config.crop)}: try {' or '.join(ways[:2])}"

@@ -94,12 +94,18 @@ def predict_files(
         how many were predicted, how many were there before, and the files that could not be read with the reason.
     """
     todo, there = [], 0
-    for source, name in find_images(paths):
+    images = _without(find_images(paths), paths, out)
+    sources = {source.resolve() for source, _ in images}
+    for source, name in images:
         results = [out / name.with_name(name.name + ".png")]
         if confidence:
             results.append(out / "confidence" / name.with_name(name.name + ".png"))
         if overlay:
             results.append(out / "overlay" / name.with_name(name.name + ".jpg"))
+        if results[0].resolve() in sources:
+            raise InputError(
+                f"{results[0]} would be the mask of {source}, but it is an image itself: choose another --out."
+            )
         if all(path.exists() for path in results):
             there += 1
         else:
@@ -112,8 +118,8 @@ def predict_files(
             return error
 
     failed: dict[str, str] = {}
-    images = track(ahead(read, todo), "predicting", len(todo), transient=True, disable=not sys.stdout.isatty())
-    for (source, results), image in zip(todo, images, strict=True):
+    read_images = track(ahead(read, todo), "predicting", len(todo), transient=True, disable=not sys.stdout.isatty())
+    for (source, results), image in zip(todo, read_images, strict=True):
         if isinstance(image, InputError):
             failed[str(source)] = str(image)
             continue
@@ -125,6 +131,14 @@ def predict_files(
             _save(Image.fromarray((prediction.confidence * 255).round().astype(np.uint8)), results[1])
         write_mask(results[0], prediction.mask, predictor.palette)
     return len(todo) - len(failed), there, failed
+
+
+def _without(images: list[tuple[Path, Path]], paths: Sequence[Path], out: Path) -> list[tuple[Path, Path]]:
+    """The images without those of `out`, where it lies in a folder of images: they are results of an earlier call."""
+    place = out.resolve()
+    if not any(path.is_dir() and path.resolve() in place.parents for path in paths):
+        return images
+    return [(source, name) for source, name in images if place not in source.resolve().parents]
 
 
 def blend(

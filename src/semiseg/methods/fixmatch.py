@@ -78,6 +78,8 @@ class FixMatch(StepMethod):
         self.teacher = make_teacher(self.student)
         self.loss = LabelledLoss(config.loss, build)
         self.optimizers = {"student": build.optimizer(self.student)}
+        if build.channels != 3:
+            build.report.append(f"images have {build.channels} channels, not 3: colours stay, strong views are blurred")
 
     def streams(self, data: Data, batch: int, crop: tuple[int, int]) -> dict[str, Stream]:
         phases = (Phase(crop, batch),)

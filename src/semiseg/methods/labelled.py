@@ -1,8 +1,8 @@
 """The loss on labelled images, one group of options for all methods."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from semiseg.networks.factory import Build
@@ -20,6 +20,12 @@ class LossConfig(Options):
     ohem_kept: Annotated[int, Field(gt=0)] = 100_000
     """Fewest pixels a batch that OHEM keeps."""
     dice_weight: Annotated[float, Field(ge=0)] = 1.0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.kind == "ohem" and self.class_weights:
+            raise ValueError("method.loss.class_weights has no effect on kind: ohem; choose one of the two")
+        return self
 
 
 class LabelledLoss(nn.Module):

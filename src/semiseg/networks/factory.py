@@ -107,7 +107,7 @@ class Build:
     channels_last      memory layout of the convolutions
     base               folder of the recipe: relative files are looked for there first
     class_pixels       counts (C,) the pixels of each class in the labelled masks, for those who ask
-    report             lines on where the initial weights came from, filled by `network`; somebody must show them
+    report             lines for the user, as on where the initial weights came from; somebody must show them
     """
 
     classes: int
@@ -354,6 +354,13 @@ def find_weights(text: str, base: Path | None) -> Path:
     )
 
 
+def code_file(place: str, base: Path | None) -> Path:
+    """The file of an import string: relative to `base`, else the copy that a run keeps under the file's own name."""
+    path = (base or Path.cwd()) / place
+    copy = path if base is None else base / path.name
+    return copy if copy.is_file() and not path.is_file() else path
+
+
 def load_object(text: str, base: Path | None) -> Any:
     """What `file.py:Name` (relative to `base`, the recipe's folder) or `package.module:Name` names.
 
@@ -361,7 +368,7 @@ def load_object(text: str, base: Path | None) -> Any:
         InputError: no such file, module or name, or an error while it is imported.
     """
     place, _, name = text.rpartition(":")
-    module = _module_of_file((base or Path.cwd()) / place) if place.endswith(".py") else _module(place)
+    module = _module_of_file(code_file(place, base)) if place.endswith(".py") else _module(place)
     if not hasattr(module, name):
         raise InputError(f"{text}: {place} has no {name}; {nearest(name, [n for n in vars(module) if n[0] != '_'])}")
     return getattr(module, name)

@@ -141,9 +141,20 @@ class SegNet(nn.Module):
         return F.pad(image, (0, more[1], 0, more[0]), mode="replicate")
 
     def fuse(self, features: list[Tensor]) -> Tensor:
-        """The maps of `encode` -> (B, D, h, w) at `stride`."""
-        with _autocast(features[0], self.precision):
-            fused: Tensor = self.decoder(self._with_stand_ins(features))
+        """The maps of `encode` -> (B, D, h, w) at `stride`.
+
+        Raises:
+            InputError: one image is too few for the decoder's batch norm, which follows a pooling to one px.
+        """
+        try:
+            with _autocast(features[0], self.precision):
+                fused: Tensor = self.decoder(self._with_stand_ins(features))
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise InputError(
+                "train.batch: 1 is too few for the batch norm of this network: take 2 or more, or network.name=fpn."
+            ) from error
         return fused
 
     def _with_stand_ins(self, features: list[Tensor]) -> list[Tensor]:
