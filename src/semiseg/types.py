@@ -88,7 +88,8 @@ class Unlabelled(_Batch):
     """One batch of images without masks.
 
     image (B, N, H, W) uint8 or uint16; valid (B, H, W) bool; table (B, S, K) float32 uniforms in [0, 1), columns VIEW;
-    partner (B,) int64, the slot whose image is mixed into this one: always another row where the pool has two;
+    partner (B,) int64, the slot whose image is mixed into this one: another row where the pool has two (unless a file
+    could not be read and its neighbour stands in);
     row (B,) int64.
     """
 

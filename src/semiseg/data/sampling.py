@@ -13,8 +13,11 @@ from numpy.typing import NDArray
 
 from semiseg.data.rows import Rows
 
-Key = tuple[int, int, int]
-"""(seed, stream, position): all chance of one sample comes from a generator seeded with it."""
+Key = tuple[int, int, int, int]
+"""(seed, stream, position, SAMPLE): all chance of one sample comes from a generator seeded with it."""
+
+SAMPLE, ORDER, PARTNER = 1, 2, 3
+"""What a generator is for. Never 0: NumPy takes a key and the same key with zeros behind it for one."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ def epoch_order(rows: int, seed: int, stream: int, epoch: int) -> NDArray[np.int
     """
     if rows == 2:
         epoch = 0  # any other order of two would repeat a row at the seam
-    order = np.random.default_rng((seed, stream, 0, epoch)).permutation(rows)
+    order = np.random.default_rng((seed, stream, epoch, ORDER)).permutation(rows)
     if epoch > 0 and order[0] == _last_row(rows, seed, stream, epoch - 1):
         order[:2] = order[1::-1]
     return order
@@ -97,7 +100,7 @@ def epoch_order(rows: int, seed: int, stream: int, epoch: int) -> NDArray[np.int
 
 def _last_row(rows: int, seed: int, stream: int, epoch: int) -> int:
     # The swap above moves the first two rows only, so with three rows or more the last one needs no recursion.
-    return int(np.random.default_rng((seed, stream, 0, epoch)).permutation(rows)[-1])
+    return int(np.random.default_rng((seed, stream, epoch, ORDER)).permutation(rows)[-1])
 
 
 def draws(stream: Stream, timetable: Timetable, name: str, seed: int, step: int) -> Draw:
@@ -109,8 +112,8 @@ def draws(stream: Stream, timetable: Timetable, name: str, seed: int, step: int)
     for epoch in range(positions[0] // count, positions[-1] // count + 1):
         inside = positions // count == epoch
         rows[inside] = epoch_order(count, seed, number, epoch)[positions[inside] % count]
-    keys = tuple((seed, number, int(position)) for position in positions)
-    return Draw(rows, keys, _partners(rows, np.random.default_rng((seed, number, 1, step))), phase)
+    keys = tuple((seed, number, int(position), SAMPLE) for position in positions)
+    return Draw(rows, keys, _partners(rows, np.random.default_rng((seed, number, step, PARTNER))), phase)
 
 
 def _partners(rows: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
