@@ -158,7 +158,7 @@ def test_damaged_unlabelled_image_is_passed_over(semiseg: Command, recipe: Path,
     assert "is not an image" in next(iter(skipped.values()))
     report = semiseg("check", recipe)
     assert report.code == 0
-    assert f"warning: Unlabelled images that cannot be read are passed over (1: {name})." in report.out
+    assert f"warning: Unlabelled images that cannot be read are passed over ({name})." in report.out
 
 
 # ---- options -----------------------------------------------------------------------------------------------------

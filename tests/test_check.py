@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,7 @@ def test_corrupt_files(root: Path) -> None:
         True,
         2,
     ]
-    the_one(found.warnings, "passed over (1: images/unlabelled/i.png)")
+    the_one(found.warnings, "passed over (images/unlabelled/i.png)")
     assert found.sizes == (((SIDE, SIDE), 7),)
     assert found.shown["labelled"].tolist() == [3, 3, 3, 0]
 
@@ -154,7 +155,7 @@ def test_a_pool_of_corrupt_files_only(root: Path) -> None:
 def test_identical_images_in_two_splits(root: Path) -> None:
     put(root, "test", "copy", scene(1), mask_of(0, 1, 2))
     data = load(root)
-    the_one(check(data).problems, "labelled and test", "(1: images/train/b.png = images/test/copy.png)")
+    the_one(check(data).problems, "labelled and test", "(images/train/b.png = images/test/copy.png)")
     assert leaks(data) == check(data).problems
     assert not check(data).warnings
 
@@ -174,7 +175,7 @@ def test_unlabelled_copies_of_test_images_are_told(root: Path) -> None:
     put(root, "unlabelled", "k", scene(6))
     found = report(root)
     assert not found.problems
-    the_one(found.warnings, "hold some of the test images too (1: images/test/g.png)")
+    the_one(found.warnings, "hold some of the test images too (images/test/g.png)")
 
 
 @pytest.mark.parametrize(
@@ -213,7 +214,7 @@ def test_classes_that_are_nowhere(root: Path) -> None:
 
 def test_masks_that_are_ignored_as_a_whole(root: Path) -> None:
     put(root, "train", "a", scene(0), mask_of(IGNORE))
-    the_one(report(root).warnings, "Some labelled masks have no labelled pixel (1: images/train/a.png)")
+    the_one(report(root).warnings, "Some labelled masks have no labelled pixel (images/train/a.png)")
 
 
 def test_frames_of_one_video_in_two_splits(root: Path) -> None:
@@ -364,4 +365,6 @@ def test_real_pixel_shares(tmp_path: Path) -> None:
         assert found.shown[split][:-1].tolist() == [content["images_with_class"][split][c] for c in data.classes]
     assert found.problems == leaks(data) == ()
     overlaps = [w for w in found.warnings if "name prefix" in w]
-    assert ["(101: 0016E5_" in overlaps[0], "(62: 0001TP_" in overlaps[1], len(overlaps)] == [True, True, 2]
+    assert len(overlaps) == 2
+    assert re.search(r"\(0016E5_.* and 98 more\)", overlaps[0])
+    assert re.search(r"\(0001TP_.* and 59 more\)", overlaps[1])

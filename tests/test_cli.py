@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import re
 import secrets
 import shutil
 import signal
@@ -21,9 +22,11 @@ import yaml
 from PIL import Image
 
 from semiseg import api, methods
+from semiseg.config import Recipe
 from semiseg.engine import session
-from semiseg.files import sweep
-from semiseg.types import InputError
+from semiseg.files import LOCK, sweep
+from semiseg.methods import FixMatch
+from semiseg.types import InputError, Options
 
 Command = Callable[..., Any]
 """The fixture `semiseg` of conftest.py."""
@@ -233,6 +236,17 @@ def test_evaluate(semiseg: Command, home: Path, drawn: Path) -> None:
     assert windows.out != text
 
 
+def test_evaluate_a_folder_that_is_not_divided(semiseg: Command, home: Path, flat: Path) -> None:
+    """Every mask is scored; without a class file their ids are those of the model's classes."""
+    masks = list((flat / "masks").iterdir())
+    done = semiseg("evaluate", home / "run", "--data", flat)
+    assert re.search(rf"^mIoU [\d.]+ on all {len(masks)} images that have a mask$", done.out, re.MULTILINE), done.out
+    plain = json.loads(semiseg("evaluate", home / "run", "--data", flat, "--json").out)
+    assert (plain["split"], plain["images"]) == ("all", len(masks))
+    assert np.sum(plain["confusion"]) == sum((pixels(mask) != 255).sum() for mask in masks)
+    assert "The split val is unknown" in semiseg("evaluate", home / "run", "--data", flat, "--split", "val").sentence
+
+
 def test_predict(semiseg: Command, home: Path, drawn: Path) -> None:
     images = drawn / "images/test"
     done = semiseg("predict", home / "run", images, images.parent / "val/scene-00000.png", "-o", "out/a")
@@ -276,6 +290,72 @@ def test_predict_goes_on_after_a_damaged_image(semiseg: Command, home: Path, sce
     assert "images/test/scene-00002.png" in done.sentence
     assert done.out == "5 masks written to out\n"
     assert len(list(Path("out").iterdir())) == 5
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("fixmatch", {"threshold": 0.9}),
+        (None, {"threshold": 0.9}),
+        ({"name": "fixmatch", "threshold": 0.9}, {}),
+        ({"threshold": 0.9, "sigma": (0.1, 2.0)}, {}),
+        (FixMatch.Config(threshold=0.9), {}),
+    ],
+)
+def test_a_method_in_python(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: Any, options: dict[str, Any]
+) -> None:
+    found: list[Recipe] = []
+    monkeypatch.setattr(api, "run", lambda recipe, *_: found.append(recipe))
+    api.train(recipe, tmp_path / "run", method=method, lr=1e-5, **options)
+    assert found[0].method.name == "fixmatch"
+    assert found[0].method.options == FixMatch.Config(threshold=0.9)
+    assert found[0].optim.lr == 1e-5
+
+
+def test_a_method_in_python_that_is_wrong(recipe: Path, tmp_path: Path) -> None:
+    class Mine(Options):
+        strength: float = 1.0
+
+    for words, expected in (
+        ({"method": Mine()}, 'belongs to none of supervised, fixmatch: give {"name": "file.py:Class"'),
+        ({"method": "supervised", "threshold": 0.9}, "method.threshold is unknown"),
+        ({"treshold": 0.9}, "treshold is no option; did you mean threshold or "),
+        ({"name": "fpn"}, "name stands in several sections"),
+    ):
+        with pytest.raises(InputError, match=re.escape(expected)):
+            api.train(recipe, tmp_path / "run", **words)  # type: ignore[arg-type]
+    assert not (tmp_path / "run").exists()
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from semiseg.files import alone
+with alone(Path(sys.argv[1])):
+    print("locked", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_one_process_a_run(semiseg: Command, recipe: Path, tmp_path: Path) -> None:
+    """A second one is refused and changes nothing; the lock goes with the process that holds it, even if killed."""
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / "run")], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        try:
+            assert holder.stdout.readline() == b"locked\n"
+            words = ("train", recipe, "-o", "run", "train.steps=2")
+            assert semiseg(*words).sentence == "run is in use by another process: wait for it, or choose another --out."
+            assert [path.name for path in Path("run").iterdir()] == [LOCK]
+        finally:
+            holder.kill()
+    assert semiseg(*words).code == 0
+    assert not (tmp_path / "run" / LOCK).exists()
+
+
+def test_a_failed_start_leaves_no_folder(semiseg: Command, recipe: Path) -> None:
+    assert semiseg("train", recipe, "-o", "run", "data.labelled=999").code == 1
+    assert not Path("run").exists()
 
 
 def test_compare(semiseg: Command, home: Path) -> None:

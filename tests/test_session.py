@@ -196,6 +196,11 @@ def test_more_evaluations_than_steps(case: Case) -> None:
     assert [row["step"] for row in found if row["val_miou"]] == ["0", "1"]
 
 
+def test_what_is_kept_of_a_short_run(case: Case) -> None:
+    kept = run(case, "run", steps=2, keep=(0.01, 0.02, 1.0)).folder / "kept"
+    assert sorted(path.name for path in kept.iterdir()) == ["0.01.safetensors", "0.02.safetensors", "1.safetensors"]
+
+
 # ---- stopped -----------------------------------------------------------------------------------------------------
 
 
@@ -207,6 +212,7 @@ def test_a_signal_writes_a_checkpoint_and_the_run_goes_on(case: Case, number: si
     with pytest.raises(Interrupted, match=f"(?i)stopped at step {step + 1}") as stopped:
         run(case, "stopped", at(step, lambda: signal.raise_signal(number)))
     assert stopped.value.code == 128 + number
+    assert isinstance(stopped.value, KeyboardInterrupt) == (number == signal.SIGINT), "as scripts expect Ctrl-C"
     assert {n: signal.getsignal(n) for n in before} == before
     assert state(case.folder / "stopped")["step"] == step + 1
     same_end(whole, run(case, "stopped"))
@@ -338,6 +344,22 @@ def test_only_losses_must_be_finite(case: Case) -> None:
     run(case, "run", lose(4, "confident"))
 
 
+@pytest.mark.parametrize(("step", "good"), [(1, None), (5, 3), (11, 9)])
+def test_weights_that_are_not_finite_replace_no_checkpoint(case: Case, step: int, good: int | None) -> None:
+    """Although the loss, which was computed before them, is finite."""
+
+    def around(moment: Moment) -> dict[str, Tensor]:
+        scalars = moment.go()
+        if moment.clock.step == step:
+            list(moment.method.parameters())[-1].data[0] = torch.inf
+        return scalars
+
+    with pytest.raises(InputError, match=f"A weight is not finite at step {step}; .*images/train/"):
+        run(case, "run", around, save_every=3 if good else 2, log_every=100)
+    found = checkpoint.load(case.folder / "run" / "checkpoints")
+    assert (found["step"] if found else None) == good
+
+
 def full(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -379,6 +401,15 @@ def test_a_file_that_breaks_off_keeps_the_previous_one(
 
     fake_scores(monkeypatch, *scores[-1:])
     same_end(whole, run(case, "run", evaluations=len(scores)))
+
+
+def test_an_error_that_is_not_the_disks_stays(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(RuntimeError, match="launch failure"):
+        run(case, "run")
 
 
 def test_a_run_folder_that_cannot_be_written(case: Case) -> None:

@@ -121,7 +121,7 @@ def test_linked_folders_are_followed(tree: Tree, tmp_path: Path) -> None:
 
 def test_masks_without_image_are_named(tree: Tree) -> None:
     root = tree({**pairs(["a", "b"]), "masks/c.png": 0})
-    assert any("(1: c.png)" in note for note in load(root).notes)
+    assert any("(c.png)" in note for note in load(root).notes)
 
 
 def test_an_unlabelled_image_has_no_mask_even_if_there_is_one(tree: Tree) -> None:
@@ -501,7 +501,7 @@ def test_two_lists_are_two_families(tree: Tree) -> None:
 
 def test_id_file_that_names_missing_images(tree: Tree) -> None:
     root = tree({**pairs(numbered(3)), **images(["u"])})
-    with pytest.raises(InputError, match=r"\(5: u, y1, y2, \.\.\.\): remove them"):
+    with pytest.raises(InputError, match=r"\(u, y1, y2 and 2 more\): remove them"):
         with_ids(root, "x001\nu\ny1\ny2\ny3\ny4\n")
     with pytest.raises(InputError, match="names no image"):
         with_ids(root, "\n")

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 import yaml
 from numpy.typing import NDArray
+from pydantic_core import to_jsonable_python
 from torch import Tensor, nn
 
 from semiseg import methods, parallel
-from semiseg.config import SECTIONS, Recipe, load_recipe, parse
-from semiseg.data.check import Report, class_pixels, contact_sheet, leaks
+from semiseg.config import SECTIONS, Recipe, build_of, fields_of, load_recipe, parse
+from semiseg.data.check import Report, contact_sheet, leaks
 from semiseg.data.check import check as check_data
 from semiseg.data.formats import read_image
 from semiseg.data.loader import first_step
@@ -31,10 +32,10 @@ from semiseg.engine.evaluate import Scores
 from semiseg.engine.memory import memory_errors, smaller
 from semiseg.engine.predict import Prediction, Predictor, predict_files
 from semiseg.engine.session import Session
-from semiseg.files import replacing, sweep, write_json, write_text
+from semiseg.files import LOCK, alone, replacing, sweep, write_json, write_text
 from semiseg.networks.factory import Build, NetworkConfig, OptimConfig, code_file, find_weights
 from semiseg.networks.weights import read_model, save_model
-from semiseg.plan import plan
+from semiseg.plan import plan, undivided
 from semiseg.types import InferenceConfig, InputError, Labelled, Options, nearest
 
 FREE = {("train", "workers"), ("train", "save_every"), ("train", "device")}
@@ -92,7 +93,7 @@ if TYPE_CHECKING:
 def train(
     source: str | Path | Recipe | Mapping[str, Any],
     out: str | Path,
-    method: str | None = None,
+    method: str | Mapping[str, Any] | Options | None = None,
     overrides: Iterable[str] = (),
     hours: float = 1.0,
     **options: Any,
@@ -102,17 +103,22 @@ def train(
     Args:
         source: a recipe file, a folder of images and masks (a recipe is written for it first), or a recipe in Python.
         out: the run folder.
-        method: a method's name; none: the recipe's, else FixMatch.
+        method: a name ("fixmatch", or "file.py:Class" of one's own), a name with options ({"name": "fixmatch",
+            "threshold": 0.9}), or the options of one of the package's methods (FixMatch.Config(threshold=0.9)). What is
+            not given has its default, whatever the recipe says of it. None: the recipe's method, else FixMatch.
         overrides: `section.key=value` texts, as on the command line.
         hours: for a folder, how long the training may take on this machine.
-        options: any option by its plain name, such as `encoder="resnet50"` or `steps=20_000`.
+        options: any option of a recipe's sections or of the package's methods by its plain name, such as
+            `encoder="resnet50"`, `steps=20_000` or `threshold=0.9`. A name that several sections have is an error, and
+            so are options of a method of one's own: give the one in `overrides`, the other in `method`.
 
     Raises:
         InputError: something that the user gave is wrong; nothing is written then.
+        KeyboardInterrupt: Ctrl-C; the same call goes on from there.
     """
     out = Path(out)
     texts = [
-        *([f"method={method}"] if method else []),
+        *([f"method={_text(_named(method))}"] if method else []),
         *overrides,
         *(f"{_find(k)}={_text(v)}" for k, v in options.items()),
     ]
@@ -141,21 +147,31 @@ def _recipe(
 
 def _find(option: str) -> str:
     """`section.key` of an option's plain name."""
-    models = {section: Recipe.model_fields[section].annotation for section in SECTIONS if section != "method"}
-    places = [
-        s for s, m in models.items() if isinstance(m, type) and issubclass(m, Options) and option in m.model_fields
-    ]
+    known = {section: set(fields_of(section)) for section in SECTIONS if section != "method"}
+    known["method"] = set().union(*(method.Config.model_fields for method in methods.METHODS.values()))
+    places = [section for section, names in known.items() if option in names]
     if len(places) == 1:
         return f"{places[0]}.{option}"
     if places:
         raise InputError(f"{option} stands in several sections: give it as overrides=['{places[0]}.{option}=...'].")
-    known = [name for m in models.values() if isinstance(m, type) and issubclass(m, Options) for name in m.model_fields]
-    raise InputError(f"{option} is no option; {nearest(option, known)}")
+    raise InputError(f"{option} is no option; {nearest(option, set().union(*known.values()))}")
+
+
+def _named(method: str | Mapping[str, Any] | Options) -> str | Mapping[str, Any]:
+    """What stands in a recipe under `method`."""
+    if not isinstance(method, Options):
+        return method
+    for name, known in methods.METHODS.items():
+        if type(method) is known.Config:
+            return {"name": name, **method.model_dump(mode="json")}
+    raise InputError(
+        f"method: {type(method).__qualname__} belongs to none of {', '.join(methods.METHODS)}: "
+        'give {"name": "file.py:Class", "option": ...}.'
+    )
 
 
 def _text(value: object) -> str:
-    plain = list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
-    return yaml.safe_dump(plain, default_flow_style=True).strip().removesuffix("\n...")
+    return yaml.safe_dump(to_jsonable_python(value), default_flow_style=True).strip().removesuffix("\n...")
 
 
 def run(recipe: Recipe, out: Path, base: Path | None = None) -> Model:
@@ -167,8 +183,8 @@ def run(recipe: Recipe, out: Path, base: Path | None = None) -> Model:
         print(f"{out} holds this run, finished.")
         return load(out)
     torch.set_num_threads(recipe.train.threads)
-    sweep(out)
-    with _nothing_half_written(out), memory_errors(smaller(recipe.train)):
+    with alone(out), _nothing_half_written(out), memory_errors(smaller(recipe.train)):
+        sweep(out)
         _run(recipe, out, base, copies)
     return load(out)
 
@@ -178,7 +194,7 @@ def _run(recipe: Recipe, out: Path, base: Path | None, copies: list[Path]) -> No
     if problems := leaks(data):
         raise InputError(problems[0])
     device = parallel.device(recipe.train.device)
-    build = _build(recipe, data, device, base)
+    build = build_of(recipe, data, device, base)
     method = methods.find(recipe.method.name, base)(recipe.method.options, build)
     if isinstance(method, nn.Module):
         method.to(device)
@@ -236,7 +252,7 @@ def _for_folder(recipe: Recipe, out: Path, copies: list[Path]) -> Recipe:
                 raise InputError(
                     f"{path} is not what {out} began with: choose another --out, or restore it from there."
                 )
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif out.exists() and (not out.is_dir() or any(path.name != LOCK for path in out.iterdir())):
         raise InputError(f"{out} holds something that is not a run: choose another --out.")
     else:
         _check_writable(out)
@@ -271,14 +287,16 @@ def _check_writable(out: Path) -> None:
 @contextmanager
 def _nothing_half_written(out: Path) -> Iterator[None]:
     """Takes away what a run wrote that ended before its first checkpoint: there is nothing to go on from."""
-    existed, goes_on = out.exists(), (out / "recipe.yaml").exists()
+    goes_on = (out / "recipe.yaml").exists()
     try:
         yield
     except BaseException:
         if not goes_on and not any(out.rglob(checkpoint.LAST)):
-            shutil.rmtree(out, ignore_errors=True)
-            if existed:
-                out.mkdir()
+            for path in out.iterdir() if out.exists() else ():
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                elif path.name != LOCK:
+                    path.unlink()
         raise
 
 
@@ -299,21 +317,6 @@ def _commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "none"
-
-
-def _build(recipe: Recipe, data: Data, device: torch.device, base: Path | None) -> Build:
-    return Build(
-        classes=len(data.classes),
-        channels=recipe.data.channels,
-        config=recipe.network,
-        optim=recipe.optim,
-        seed=recipe.train.seed,
-        precision=torch.bfloat16 if recipe.train.precision == "bf16" else None,
-        channels_last=recipe.train.channels_last,
-        base=base,
-        device=device,
-        class_pixels=lambda: class_pixels(data),
-    )
 
 
 def _card(recipe: Recipe, data: Data) -> dict[str, Any]:
@@ -421,14 +424,14 @@ def _network(card: Mapping[str, Any], tensors: dict[str, Tensor], device: torch.
     return net.eval().to(device)
 
 
-def evaluate(model: Model | str | Path, data: str | Path | Data | None = None, split: str = "test") -> Scores:
+def evaluate(model: Model | str | Path, data: str | Path | Data | None = None, split: str | None = None) -> Scores:
     """Scores a model on a split.
 
     Args:
         model: a model, or the path of one.
         data: a recipe, a data folder, or loaded data; none, or the folder that the run was trained on: the run's own
-            data, divided as it was for the training.
-        split: train, val or test.
+            data, divided as it was for the training. A folder without a class file has the model's classes.
+        split: train, val or test; none: test, and of another folder that is not divided all images with a mask.
 
     Raises:
         InputError: the split is empty, or the classes are not the model's.
@@ -440,9 +443,11 @@ def evaluate(model: Model | str | Path, data: str | Path | Data | None = None, s
         if not recipe.exists():
             raise InputError(f"{model.folder} does not lie in a run folder: name the data to evaluate on.")
         data = recipe
+    whole = None if isinstance(data, Data) else _undivided(Path(data), model)
     if not isinstance(data, Data):
-        data = data_of(data)
-    splits = {"train": data.labelled, "val": data.val, "test": data.test}
+        data = whole or data_of(data)
+    splits = {"all": data.labelled} if whole else {"train": data.labelled, "val": data.val, "test": data.test}
+    split = split or ("all" if whole else "test")
     if split not in splits:
         raise InputError(f"The split {split} is unknown; {nearest(split, splits)}")
     if not len(splits[split]):
@@ -456,7 +461,18 @@ def evaluate(model: Model | str | Path, data: str | Path | Data | None = None, s
     data = replace(data, config=config)
     net = model.predictor.net
     module = net if isinstance(net, nn.Module) else _AsModule(net)
-    return evaluating.evaluate(module, splits[split], data, model.predictor.inference, model.predictor.device)
+    scores = evaluating.evaluate(module, splits[split], data, model.predictor.inference, model.predictor.device)
+    return replace(scores, split=split)
+
+
+def _undivided(path: Path, model: Model) -> Data | None:
+    """The data of a folder that is neither a run nor divided into splits: its masks are there to be scored, all."""
+    config = undivided(path) if not (path / "recipe.yaml").exists() else None
+    if config is None:
+        return None
+    if not (path / "classes.json").is_file():
+        config = config.model_copy(update={"classes": model.classes})
+    return load_data(config)
 
 
 class _AsModule(nn.Module):

@@ -15,10 +15,24 @@ from types import FrameType
 from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from semiseg.types import InputError, Interrupted
 
+
+class _Group(typer.core.TyperGroup):
+    """Lets `Interrupted` pass: typer would make an exit of its own, without our sentence, of a KeyboardInterrupt."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Interrupted as stopped:
+            print(stopped, file=sys.stderr)
+            sys.exit(stopped.code)
+
+
 app = typer.Typer(
+    cls=_Group,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -146,7 +160,9 @@ def _print_classes(per_class: Mapping[str, float | None]) -> None:
 def evaluate(
     model: Trained,
     data: Annotated[Path | None, typer.Option(help="A recipe or folder; else the run's own data.")] = None,
-    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+    split: Annotated[
+        str | None, typer.Option(help="train, val or test. [default: test; all of a folder that is not divided]")
+    ] = None,
     window: Window = None,
     as_json: Json = False,
 ) -> None:
@@ -157,10 +173,15 @@ def evaluate(
     scores = api.evaluate(api.load(model, window=window), data, split)
     if as_json:
         confusion = scores.confusions.sum(0).tolist()
-        values = {"split": split, "miou": scores.miou, "per_class": scores.per_class, "absent": scores.absent}
+        values = {"split": scores.split, "miou": scores.miou, "per_class": scores.per_class, "absent": scores.absent}
         print(json.dumps(finite(values | {"images": len(scores.names), "confusion": confusion})))
         return
-    print(f"{split} mIoU {100 * scores.miou:.2f} on {len(scores.names)} images")
+    what, images = (
+        ("", f"all {len(scores.names)} images that have a mask")
+        if scores.split == "all"
+        else (f"{scores.split} ", f"{len(scores.names)} images")
+    )
+    print(f"{what}mIoU {100 * scores.miou:.2f} on {images}")
     _print_classes(scores.per_class)
 
 
@@ -230,7 +251,7 @@ def methods(as_json: Json = False) -> None:
 
 def main() -> None:
     """Runs the command line and exits with its code."""
-    # An exception of ours: typer would make exit code 1 of KeyboardInterrupt. In training the session answers instead.
+    # In training the session answers instead.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     try:
@@ -238,13 +259,13 @@ def main() -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    except Interrupted as stopped:
+    except Interrupted as stopped:  # before a verb has begun
         print(stopped, file=sys.stderr)
         sys.exit(stopped.code)
 
 
 def _stop(number: int, _: FrameType | None) -> None:
-    raise Interrupted(128 + number, "Stopped.")
+    raise Interrupted.by(number, "Stopped.")
 
 
 if __name__ == "__main__":

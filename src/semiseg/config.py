@@ -4,13 +4,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from pydantic import BaseModel, SerializeAsAny, ValidationError, field_serializer
 from pydantic_core import ErrorDetails
 
 from semiseg import methods
-from semiseg.data.splits import DataConfig
-from semiseg.networks.factory import NetworkConfig, OptimConfig
+from semiseg.data.check import class_pixels
+from semiseg.data.splits import Data, DataConfig
+from semiseg.networks.factory import Build, NetworkConfig, OptimConfig
 from semiseg.types import InferenceConfig, InputError, Options, TrainConfig, nearest
 
 
@@ -135,7 +137,7 @@ def override(plain: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, An
             result["method"] = parsed if isinstance(parsed, Mapping) else {"name": parsed}
             continue
         if len(keys) == 1:
-            raise InputError(f"{text}: name the option too, as in {keys[0]}.{next(iter(_fields(keys[0])))}={value}.")
+            raise InputError(f"{text}: name the option too, as in {keys[0]}.{next(iter(fields_of(keys[0])))}={value}.")
         if isinstance(result.get("method"), str):
             result["method"] = {"name": result["method"]}
         at = result
@@ -147,10 +149,27 @@ def override(plain: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, An
     return result
 
 
-def _fields(section: str) -> dict[str, Any]:
+def fields_of(section: str) -> dict[str, Any]:
+    """The options of a section; those of a method belong to its own class."""
     model = Recipe.model_fields[section].annotation
     assert isinstance(model, type) and issubclass(model, BaseModel)
     return dict(model.model_fields)
+
+
+def build_of(recipe: Recipe, data: Data, device: torch.device, base: Path | None = None) -> Build:
+    """What the recipe's method makes its networks and optimisers with; `base` is the folder of the recipe."""
+    return Build(
+        classes=len(data.classes),
+        channels=recipe.data.channels,
+        config=recipe.network,
+        optim=recipe.optim,
+        seed=recipe.train.seed,
+        precision=torch.bfloat16 if recipe.train.precision == "bf16" else None,
+        channels_last=recipe.train.channels_last,
+        base=base,
+        device=device,
+        class_pixels=lambda: class_pixels(data),
+    )
 
 
 # ---- explaining --------------------------------------------------------------------------------------------------
@@ -246,4 +265,4 @@ def _wanted(details: list[ErrorDetails], depth: int, example: str) -> str:
     return f"{'each entry' if inside else 'it'} should be {' or '.join(dict.fromkeys(words))}"
 
 
-__all__ = ["MethodConfig", "Recipe", "load_recipe", "override", "parse"]
+__all__ = ["MethodConfig", "Recipe", "build_of", "fields_of", "load_recipe", "override", "parse"]

@@ -1,10 +1,14 @@
-"""Files that are whole or not there: written under another name beside their place, synced, then moved into it."""
+"""Files that are whole or not there: written under another name beside their place, synced, then moved into it.
+
+And the lock of a folder in which one process writes at a time.
+"""
 
 import errno
 import json
 import math
 import os
 import re
+import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -12,6 +16,12 @@ from pathlib import Path
 from typing import TextIO
 
 from semiseg.types import InputError
+
+if sys.platform != "win32":
+    import fcntl
+
+LOCK = "lock"
+"""The file in a folder that `alone` locks; it goes when the block ends, and stays without a meaning after a crash."""
 
 
 @contextmanager
@@ -46,6 +56,43 @@ def sweep(folder: Path) -> None:
     for part in folder.rglob(".*"):
         if re.match(r"\.[0-9a-f]{12}\.", part.name):
             part.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """A block in which no other process enters a block of the same folder, which is made where it is not there.
+
+    The system lets go of the lock when the process ends, however it ends. Where there are no locks there is none.
+
+    Raises:
+        InputError: another process is in such a block, or the folder cannot be written.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    made, path = not folder.exists(), folder / LOCK
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    except OSError as error:
+        raise _unwritable(path, error, "") from error
+    with file:
+        try:
+            # Not flock: the processes that read images would inherit it, and hold it for seconds after a SIGKILL.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.fstat(file.fileno()).st_nlink:
+                raise BlockingIOError  # it went while we waited, and another process may have made a new one
+        except BlockingIOError as error:
+            raise InputError(f"{folder} is in use by another process: wait for it, or choose another --out.") from error
+        except OSError:
+            pass  # a file system without locks
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+                if made:
+                    folder.rmdir()  # where nothing was written
 
 
 @contextmanager

@@ -13,13 +13,12 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from semiseg import methods, parallel
-from semiseg.config import Recipe, parse
+from semiseg.config import Recipe, build_of, parse
 from semiseg.data.formats import image_channels, image_size, mask_values, read_mask
 from semiseg.data.loader import Steps
 from semiseg.data.sampling import Timetable
 from semiseg.data.splits import IMAGE_SUFFIXES, Data, DataConfig, load_data, looks_like_sequences, read_classes
-from semiseg.networks.factory import Build
-from semiseg.types import IGNORE, Clock, InputError
+from semiseg.types import IGNORE, Clock, InputError, some
 
 T = TypeVar("T")
 Floats = NDArray[np.float64]
@@ -108,6 +107,18 @@ def _data(folder: Path) -> tuple[Lines, Data]:
     return lines, load_data(_config(lines))
 
 
+def undivided(folder: Path) -> DataConfig | None:
+    """How to read a folder whose images are not divided into splits; none: they are, or it is no folder of images.
+
+    Raises:
+        InputError: a mask is damaged.
+    """
+    if not (folder / "images").is_dir() or (folder / "images" / "train").is_dir():
+        return None
+    lines: Lines = {"root": (str(folder.resolve()), "")}
+    return _config(lines | _classes(folder, lines))
+
+
 def _config(lines: Lines) -> DataConfig:
     return parse({"data": {key: value for key, (value, _) in lines.items()}}, "the planned recipe").data
 
@@ -142,7 +153,7 @@ def _classes(folder: Path, lines: Lines) -> Lines:
         why = "the masks hold 0 and 255: 255 is taken for class 1, not for `no label`"
         found, names = {"values": ({0: 0, IGNORE: 1}, why)}, ["background", "object"]
     if not known:
-        why = f"names are free, in the order of the ids; found: {_some(values)} in {len(masks)} masks"
+        why = f"names are free, in the order of the ids; found: {some(values, 8)} in {len(masks)} masks"
         found["classes"] = (names, why)
     return found
 
@@ -306,8 +317,7 @@ def _time_steps(recipe: Recipe) -> float:
     """Seconds a step, the mean of three after a first one."""
     data, device = load_data(recipe.data), parallel.device(recipe.train.device)
     network = recipe.network.model_copy(update={"weights": "random"})  # as fast as others, and nothing is downloaded
-    precision = torch.bfloat16 if recipe.train.precision == "bf16" else None
-    build = Build(len(data.classes), recipe.data.channels, network, recipe.optim, 0, precision, True, None, device)
+    build = build_of(recipe.model_copy(update={"network": network}), data, device)
     method = methods.find(recipe.method.name)(recipe.method.options, build)
     assert isinstance(method, methods.StepMethod)
     method.to(device)
@@ -349,8 +359,4 @@ def _spread(items: Sequence[T], most: int = SAMPLE) -> list[T]:
     return [items[int(i)] for i in np.linspace(0, len(items) - 1, most)]
 
 
-def _some(values: list[int]) -> str:
-    return ", ".join(map(str, values[:8])) + (", ..." if len(values) > 8 else "")
-
-
-__all__ = ["Survey", "plan"]
+__all__ = ["Survey", "plan", "undivided"]

@@ -31,8 +31,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from semiseg import methods
-from semiseg.config import Recipe, override, parse
-from semiseg.data.check import class_pixels
+from semiseg.config import Recipe, build_of, override, parse
 from semiseg.data.formats import write_mask
 from semiseg.data.sampling import Stream
 from semiseg.data.splits import Data, load_data
@@ -40,7 +39,6 @@ from semiseg.engine.log import Log
 from semiseg.engine.session import Session, Trainable
 from semiseg.methods import StepMethod
 from semiseg.methods.labelled import LossConfig
-from semiseg.networks.factory import Build
 from semiseg.types import IGNORE, Clock, InputError, Labelled, Options, Unlabelled
 
 Scalars = dict[str, Tensor]
@@ -190,15 +188,7 @@ def run(case: Case, name: str, around: Around = Moment.go, data: Data | None = N
     np.random.seed(secrets.randbits(32))  # noqa: NPY002 - for methods that should not use it
     random.seed(secrets.randbits(32))
     with _quiet():
-        build = Build(
-            len(data.classes),
-            recipe.data.channels,
-            recipe.network,
-            recipe.optim,
-            recipe.train.seed,
-            base=case.base,
-            class_pixels=lambda: class_pixels(data),
-        )
+        build = build_of(recipe, data, torch.device("cpu"), case.base)
         method = methods.find(case.method, case.base)(recipe.method.options, build)
         session = _Watched(folder, recipe.train, recipe.evaluate, torch.device("cpu"), around)
         net = method.fit(session, data)

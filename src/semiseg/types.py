@@ -10,6 +10,7 @@ Shape legend, used in every docstring:
 from __future__ import annotations
 
 import difflib
+import signal
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Annotated, Literal, Self
@@ -35,6 +36,15 @@ class Interrupted(BaseException):
         super().__init__(text)
         self.code = code
 
+    @staticmethod
+    def by(number: int, text: str) -> Interrupted:
+        """The exception for a signal."""
+        return (KeyboardInterrupted if number == signal.SIGINT else Interrupted)(128 + number, text)
+
+
+class KeyboardInterrupted(Interrupted, KeyboardInterrupt):
+    """Ctrl-C, as a script in Python expects it."""
+
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """The end of a sentence about an unknown name: the names it may have meant, else the known ones."""
@@ -47,6 +57,20 @@ def nearest(name: str, names: Iterable[str]) -> str:
         if len(known) <= 20
         else f"no name like it is among the {len(known)} known."
     )
+
+
+def some(items: Iterable[object], most: int = 3) -> str:
+    """The first items of a list in a sentence: `a, b, c and 4 more`."""
+    texts = [str(item) for item in items]
+    rest = f" and {len(texts) - most} more" if len(texts) > most else ""
+    return ", ".join(texts[:most]) + rest
+
+
+def white(image: Tensor) -> float:
+    """What stands for 1 in an image: 255 in uint8, 65535 in uint16, 1 in floats."""
+    import torch  # see above
+
+    return 1.0 if image.is_floating_point() else {torch.uint8: 255.0, torch.uint16: 65535.0}[image.dtype]
 
 
 VIEW = (

@@ -22,9 +22,9 @@ from torch.nn import functional as F
 from semiseg.data.cache import cache_dir, open_image, open_mask, open_pair
 from semiseg.data.formats import Colour
 from semiseg.data.rows import Row, Rows
-from semiseg.data.splits import Data, looks_like_sequences, prefixes, some
+from semiseg.data.splits import Data, looks_like_sequences, prefixes
 from semiseg.files import replacing, write_json
-from semiseg.types import IGNORE, InputError
+from semiseg.types import IGNORE, InputError, some
 
 MOST_UNLABELLED = 10_000
 """Unlabelled images that are opened, evenly spaced in the pool: enough to notice what is wrong with many."""

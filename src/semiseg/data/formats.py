@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from semiseg.files import replacing
-from semiseg.types import IGNORE, InputError
+from semiseg.types import IGNORE, InputError, some
 
 Colour = tuple[int, int, int]
 Pixels = NDArray[Any]
@@ -262,18 +262,13 @@ def _table(code: MaskCode) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
 
 def _unknown_values(path: Path, values: Pixels, code: MaskCode) -> str:
     lossy = " (JPEG changes values: save masks as PNG)" if path.suffix.lower() in (".jpg", ".jpeg") else ""
-    found = f"{path}: has mask values {_some(values.tolist())}{lossy}"
+    found = f"{path}: has mask values {some(values.tolist())}{lossy}"
     if code.values is not None:
         return f"{found} that data.values does not list; add each with its class id, or with {IGNORE} to ignore it."
     return (
         f"{found} beyond the {code.classes} classes (ids 0 to {code.classes - 1}, {IGNORE} is ignored); "
         "add the missing classes, or give each value an id by data.values."
     )
-
-
-def _some(items: list[Any], most: int = 3) -> str:
-    rest = f" and {len(items) - most} more" if len(items) > most else ""
-    return ", ".join(map(str, items[:most])) + rest
 
 
 def _from_colours(path: Path, raw: Pixels, code: MaskCode) -> NDArray[np.uint8]:
@@ -312,7 +307,7 @@ def _unknown_colours(path: Path, raw: Pixels, packed: NDArray[np.uint32]) -> str
     if (raw == raw[..., :1]).all():
         return f"{path}: is an RGB mask of greys that are not in the class file; save class ids with one channel."
     colours = [tuple(four[:3]) for four in packed.view(np.uint8).reshape(-1, 4).tolist()]
-    return f"{path}: has colours {_some(colours)} that are not in the class file; add them there or correct the mask."
+    return f"{path}: has colours {some(colours)} that are not in the class file; add them there or correct the mask."
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -347,6 +342,6 @@ def mask_values(path: Path) -> set[int]:
         colours = np.unique(raw.reshape(-1, 3), axis=0)
         raise InputError(
             f"{path}: is an RGB mask, and there is no classes.json; write one with the name and color of each class "
-            f"(found here: {_some([tuple(c) for c in colours.tolist()])})."
+            f"(found here: {some([tuple(c) for c in colours.tolist()])})."
         )
     return {int(value) for value in np.unique(raw[..., 0])}

@@ -24,7 +24,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from semiseg.data.formats import Colour, MaskCode, read_mask
 from semiseg.data.rows import Rows
-from semiseg.types import IGNORE, InputError, Options, Side
+from semiseg.types import IGNORE, InputError, Options, Side, some
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".npy"})
 """Files that are looked at, in lower case; others in a data folder are passed over."""
@@ -429,11 +429,6 @@ def _check_line(where: str, folder: Path, image: str, mask: str, split: str) -> 
 def _need_folder(path: Path, advice: str) -> None:
     if not path.is_dir():
         raise InputError(f"{path} is not a folder: {advice}.")
-
-
-def some(names: Sequence[str] | NDArray[Any]) -> str:
-    """How many, and the first three: `4: a, b, c, ...`."""
-    return f"{len(names)}: {', '.join(names[:3])}{', ...' * (len(names) > 3)}"
 
 
 # ------------------------------------------------------------------------------------------------------------ dividing

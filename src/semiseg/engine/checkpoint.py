@@ -14,11 +14,13 @@ LAST = "last.pt"
 
 def save(folder: Path, state: dict[str, Any]) -> None:
     """Replaces the folder's checkpoint."""
-    with replacing(folder / LAST) as part:
+    with replacing(folder / LAST) as part, part.open("wb") as file:
         try:
-            torch.save(state, part)
+            torch.save(state, file)
         except RuntimeError as error:
-            raise OSError(str(error)) from error  # a full disk, in words that change from place to place
+            if isinstance(error.__context__, OSError):  # torch closes its file too, and fails again
+                raise error.__context__ from None
+            raise
 
 
 def load(folder: Path) -> dict[str, Any] | None:

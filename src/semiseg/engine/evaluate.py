@@ -35,6 +35,8 @@ class Scores:
     confusions: NDArray[np.int64]
     names: tuple[str, ...]
     classes: tuple[str, ...]
+    split: str = ""
+    """What was scored, where one split of several was chosen: train, val or test, or all of an undivided folder."""
 
     @property
     def per_class(self) -> dict[str, float]:

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from semiseg.files import replacing
-from semiseg.types import InputError
+from semiseg.types import InputError, white
 
 SIZES = ((1, 64, 96), (2, 97, 131), (1, 160, 90))
 """Batch, height and width in px of the images on which an export is compared: most sides are multiples of nothing."""
 
 _OPSET = 20
-_WHITE = {torch.uint8: 255.0, torch.uint16: 65535.0}
 _MISSING = "ONNX needs packages that are not installed: pip install 'semiseg[export]'."
 
 
@@ -123,8 +122,7 @@ def onnx_network(path: Path) -> Callable[[Tensor], Tensor]:
         ) from error
 
     def run(image: Tensor) -> Tensor:
-        white = _WHITE[image.dtype] if image.dtype in _WHITE else 1.0
-        scaled = image.detach().cpu().float() / white
+        scaled = image.detach().cpu().float() / white(image)
         return torch.from_numpy(session.run(["logits"], {"image": scaled.numpy()})[0]).to(image.device)
 
     return run

@@ -7,7 +7,7 @@ so a run that was killed ends with the same weights, bit for bit.
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -44,6 +44,7 @@ class Trainable(Protocol):
     def streams(self, data: Data, batch: int, crop: tuple[int, int]) -> dict[str, Stream]: ...
     def step(self, clock: Clock, **batches: object) -> dict[str, Tensor]: ...
     def predictor(self) -> nn.Module: ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: Mapping[str, Any]) -> object: ...
 
@@ -94,8 +95,8 @@ class Session:
         """Runs the steps that are left and returns the delivered network: the best on val, or without val the last.
 
         Raises:
-            InputError: a loss is not finite, memory or disk is full, or files cannot be read.
-            Interrupted: by Ctrl-C or SIGTERM.
+            InputError: a loss or a weight is not finite, memory or disk is full, or files cannot be read.
+            Interrupted: by Ctrl-C (then it is a KeyboardInterrupt too) or SIGTERM.
         """
         c = self.config
         streams = streams or method.streams(data, c.batch, c.crop)
@@ -107,7 +108,7 @@ class Session:
         if start == total and not progress.lacks(start, evaluations):
             checkpoint.load_weights(self.delivered, method.predictor())
             return method.predictor()
-        kept = {round(total * share): share for share in c.keep}
+        kept = {share: max(1, round(total * share)) for share in c.keep}
         with Log(self.folder, total, start) as log, _Signals() as signals, memory_errors(smaller(c)):
             if start:
                 log.line(f"going on at step {start} of {total}")
@@ -117,8 +118,8 @@ class Session:
                 progress.seconds = before + time.perf_counter() - began
                 self._save(method, progress, done, done == total and not progress.lacks(done, evaluations))
                 if signals.received is not None:
-                    raise Interrupted(
-                        128 + signals.received,
+                    raise Interrupted.by(
+                        signals.received,
                         f"Stopped at step {done} of {total}: the same command goes on from there.",
                     )
 
@@ -151,7 +152,9 @@ class Session:
                 evaluating = done in evaluations
                 saving = done % c.save_every == 0 or done == total or evaluating or signals.received is not None
                 if done % c.log_every == 0 or saving:
-                    self._check_finite(int(bad), streams, timetable)
+                    self._check_finite("The loss is", int(bad), streams, timetable)
+                    if saving and not _finite(method.parameters()):
+                        self._check_finite("A weight is", step, streams, timetable)
                     values = {name: float(value) / summed for name, value in sums.items()}
                     speed = images / (time.perf_counter() - since)
                     log.row(step, {**values, "rate": rate, "images_per_second": speed})
@@ -160,8 +163,8 @@ class Session:
                 if evaluating:
                     self._evaluate(method.predictor(), data, done, progress, log, signals)
                     since = time.perf_counter()
-                if done in kept:
-                    checkpoint.save_weights(self.folder / "kept" / f"{kept[done]:g}.safetensors", method.predictor())
+                for share in (share for share, at in kept.items() if at == done):
+                    checkpoint.save_weights(self.folder / "kept" / f"{share:g}.safetensors", method.predictor())
                 if saving:
                     save(done)
             log.curves()
@@ -216,16 +219,14 @@ class Session:
             with replacing(self.delivered) as part:
                 part.write_bytes(best.read_bytes())
 
-    def _check_finite(self, bad: int, streams: Mapping[str, Stream], timetable: Timetable) -> None:
+    def _check_finite(self, what: str, bad: int, streams: Mapping[str, Stream], timetable: Timetable) -> None:
         if bad < 0:
             return
         drawn = {name: draws(stream, timetable, name, self.config.seed, bad) for name, stream in streams.items()}
         images = ", ".join(str(streams[name].rows[int(i)].image) for name, draw in drawn.items() for i in draw.rows)
         state = checkpoint.load(self.weights)
         good = f"the last good checkpoint is of step {state['step']}" if state else "there is no checkpoint yet"
-        raise InputError(
-            f"The loss is not finite at step {bad}; {good}; lower optim.lr or look at these images: {images}."
-        )
+        raise InputError(f"{what} not finite at step {bad}; {good}; lower optim.lr or look at these images: {images}.")
 
 
 def _timetable(streams: Mapping[str, Stream], samples: int) -> Timetable:
@@ -237,6 +238,11 @@ def _timetable(streams: Mapping[str, Stream], samples: int) -> Timetable:
     timetables = [Timetable(stream.phases, samples) for stream in streams.values()]
     assert len({t.steps for t in timetables}) == 1, "the streams of a method have the same number of steps"
     return timetables[0]
+
+
+def _finite(weights: Iterable[Tensor]) -> bool:
+    """Whether all weights are finite; the device is waited for once."""
+    return bool(torch.stack([weight.detach().isfinite().all() for weight in weights]).all())
 
 
 def _seed(*numbers: int) -> int:
@@ -264,13 +270,13 @@ class _Signals:
         self.received = number
         self.__exit__()
         if self.acting:
-            raise Interrupted(128 + number, "stopped")
+            raise Interrupted.by(number, "stopped")
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
         """A block that a signal cuts short, and that is left out after one, by `Interrupted`."""
         if self.received is not None:
-            raise Interrupted(128 + self.received, "stopped")
+            raise Interrupted.by(self.received, "stopped")
         self.acting = True
         try:
             yield

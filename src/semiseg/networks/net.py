@@ -15,12 +15,10 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from semiseg.types import InputError
+from semiseg.types import InputError, white
 
 FrozenNorm = Literal["none", "encoder", "all"]
 """Whose batch norms keep their running statistics, and normalise by them, in training too."""
-
-_DEPTH = {torch.uint8: 255.0, torch.uint16: 65535.0}
 
 
 class Normalise(nn.Module):
@@ -49,9 +47,8 @@ class Normalise(nn.Module):
             raise InputError(
                 f"data.channels is {channels}, but an image has {image.shape[1]}: set it to those of the images."
             )
-        depth = _DEPTH[image.dtype] if image.dtype in _DEPTH else 1.0
         # One pass over the image instead of three.
-        return torch.addcmul(-self.mean / self.std, image.to(self.mean.dtype), 1 / (depth * self.std))
+        return torch.addcmul(-self.mean / self.std, image.to(self.mean.dtype), 1 / (white(image) * self.std))
 
 
 def _autocast(like: Tensor, precision: torch.dtype | None) -> AbstractContextManager[Any]:

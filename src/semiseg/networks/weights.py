@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from semiseg.files import replacing, write_json
-from semiseg.types import InputError
+from semiseg.types import InputError, some
 
 WEIGHTS, CARD = "model.safetensors", "model.json"
 _BLOCK_NAMES = ("", "body.", "model.")
@@ -48,12 +48,7 @@ class Report:
             "left random, of another shape": self.mismatched,
             "input channels adapted": self.adapted,
         }
-        return lines + [f"  {kind}: {_some(names)}" for kind, names in kinds.items() if names]
-
-
-def _some(names: tuple[str, ...]) -> str:
-    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + rest
+        return lines + [f"  {kind}: {some(names)}" for kind, names in kinds.items() if names]
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -105,7 +100,7 @@ def load_tensors(encoder: nn.Module, tensors: dict[str, Tensor], source: str) ->
                 mismatched.append(f"{name} {tuple(tensor.shape)} for {tuple(own[place].shape)}")
     if not loaded:
         raise InputError(
-            f"{source}: none of its {len(tensors)} tensors ({_some(tuple(tensors))}) fits the encoder; "
+            f"{source}: none of its {len(tensors)} tensors ({some(tensors)}) fits the encoder; "
             "set network.encoder to the one that they belong to."
         )
     return Report(

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from semiseg.types import white
+
 LUMA = (0.299, 0.587, 0.114)
 """Shares of red, green and blue in grey (ITU-R BT.601)."""
 
@@ -14,7 +16,7 @@ def to_float(image: Tensor) -> Tensor:
     """uint8 and uint16 scaled to 0..1, floats as they are; float32, but float64 stays float64."""
     if image.is_floating_point():
         return image if image.dtype == torch.float64 else image.float()
-    return image.float() / {torch.uint8: 255, torch.uint16: 65535}[image.dtype]
+    return image.float() / white(image)
 
 
 def strong(

@@ -4,8 +4,6 @@ Every total keeps its graph where no pixel was selected: it is 0 and its gradien
 reduced in float32, float64 stays float64. Counts have the total's dtype and carry no gradient.
 """
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -71,14 +69,14 @@ def masked_cross_entropy(logits: Tensor, label: Tensor, selected: Tensor, counte
     return Share(_nats(logits, target).sum(), counted.sum().to(_wide(logits).dtype))
 
 
-def class_weights(counts: Tensor, kind: Literal["inverse_sqrt", "inverse"] = "inverse_sqrt") -> Tensor:
-    """Weights that lift rare classes: 1 / sqrt(count) or 1 / count, scaled to a mean of 1 over the classes that occur.
+def class_weights(counts: Tensor) -> Tensor:
+    """Weights that lift rare classes: 1 / sqrt(count), scaled to a mean of 1 over the classes that occur.
 
     counts (C,) pixels a class -> (C,) float32. A class without a pixel gets 0: its frequency is unknown, and a weight
     from a guess would outweigh all others.
     """
     present = counts > 0
-    weight = counts.double().clamp(min=1) ** {"inverse_sqrt": -0.5, "inverse": -1.0}[kind] * present
+    weight = counts.double().clamp(min=1) ** -0.5 * present
     return (weight * present.sum() / weight.sum().clamp(min=torch.finfo(torch.float64).tiny)).float()
 
 
