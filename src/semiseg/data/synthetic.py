@@ -1,9 +1,9 @@
 """Synthetic landscapes with exact masks, for the demo and the tests: so varied that a few labels do not cover them.
 
-What makes a class is its texture, its shape and its place; its colour alone does not tell it. Every class has a
-continuum of appearances (`COLOURS`, and the scale, contrast and kind of its texture), and these overlap: a pond may
-be as grey as the sky and a tree as red as a brick. A handful of labelled scenes shows a few points of each continuum, a
-few hundred unlabelled ones show nearly all of it.
+What makes a class is its texture, its shape and its place as well as its colour. Every class has a continuum of
+appearances (`COLOURS`, and the scale, contrast and kind of its texture), and these overlap: ground may be as pale as a
+cloud and a pond as green as a meadow. A handful of labelled scenes shows a few points of each continuum, a few hundred
+unlabelled ones show nearly all of it.
 """
 
 import json
@@ -34,10 +34,10 @@ COLOURS = {
     SKY: [(70, 130, 215), (150, 190, 230), (215, 220, 225), (150, 155, 165), (230, 170, 120), (150, 110, 150)],
     GROUND: [(85, 130, 55), (150, 150, 70), (200, 175, 110), (140, 100, 65), (120, 120, 115), (225, 228, 235)],
     WATER: [(30, 70, 140), (50, 130, 150), (75, 105, 80), (95, 110, 125)],
-    BUILDING: [(165, 75, 60), (205, 165, 115), (225, 220, 210), (150, 150, 150), (100, 125, 160)],
-    TREE: [(35, 75, 40), (80, 125, 45), (190, 165, 50), (180, 75, 40)],
-    ANIMAL: [(30, 25, 25), (105, 65, 40), (195, 155, 105), (240, 235, 225)],
-    SIGN: [(210, 30, 40), (235, 190, 30), (40, 90, 200)],
+    BUILDING: [(160, 65, 55), (185, 110, 85), (215, 175, 130)],
+    TREE: [(30, 70, 35), (70, 120, 45), (160, 155, 50)],
+    ANIMAL: [(30, 25, 25), (75, 50, 40), (120, 75, 45)],
+    SIGN: [(215, 30, 40), (240, 195, 30)],
 }
 """Corners of each class's curve of colours, RGB in 0..255."""
 
@@ -51,8 +51,8 @@ def scene(seed: int, size: tuple[int, int] = (96, 128)) -> tuple[np.ndarray, np.
     rng = np.random.default_rng(seed)
     canvas = _Canvas.blank(rng, size)
     horizon = _land(canvas)
-    kinds = [_building] * rng.integers(0, 3) + [_tree] * rng.integers(0, 4) + [_animal] * rng.integers(0, 3)
-    if rng.random() < 0.6:
+    kinds = [_building] * rng.integers(0, 3) + [_tree] * rng.integers(0, 3) + [_animal] * rng.integers(0, 3)
+    if rng.random() < 0.75:
         kinds.append(_sign)
     depths = np.sort(rng.random(len(kinds)) ** 1.5)
     for depth, kind in zip(depths, rng.permutation(np.array(kinds, dtype=object)), strict=True):
@@ -187,7 +187,7 @@ def _lit(colour: np.ndarray, field: np.ndarray) -> np.ndarray:
 def _land(canvas: _Canvas) -> float:
     """Sky, ground and often water; returns the height of the horizon."""
     rng = canvas.rng
-    horizon = rng.uniform(0.25, 0.55)
+    horizon = rng.uniform(0.3, 0.6)
     ridge = horizon + rng.uniform(0, 0.06) * canvas.noise(1, 0.4)[:1]
     clouds = canvas.noise(0.15, 0.4) + 0.5 * canvas.noise(0.06, 0.15)
     fade = np.clip(canvas.y / horizon, 0, 1)[..., None]
@@ -205,7 +205,7 @@ def _land(canvas: _Canvas) -> float:
 def _water(canvas: _Canvas, horizon: float) -> None:
     rng = canvas.rng
     y = rng.uniform(horizon + 0.08, 0.95)
-    down = rng.uniform(0.1, 0.35) * (y - horizon + 0.2)
+    down = rng.uniform(0.2, 0.45) * (y - horizon + 0.2)
     shore = _ellipse(canvas, y, rng.uniform(0, canvas.width), down, rng.uniform(0.3, 1.2))
     shore = np.maximum(shore + 0.02 * canvas.noise(0.1, 0.15), horizon + 0.02 - canvas.y)
     streaks = canvas.noise(0.025, 0.2) + 0.6 * canvas.noise(0.05, 0.5)
@@ -215,11 +215,11 @@ def _water(canvas: _Canvas, horizon: float) -> None:
 
 def _building(canvas: _Canvas, foot: float, scale: float) -> None:
     rng = canvas.rng
-    high, wide = rng.uniform(0.35, 0.75) * scale, rng.uniform(0.3, 0.7) * scale
+    high, wide = rng.uniform(0.4, 0.85) * scale, rng.uniform(0.4, 0.75) * scale
     left = rng.uniform(-0.1, canvas.width - 0.1)
     slope = high * rng.choice([0, 1]) * rng.uniform(0.2, 0.5)
     canvas = canvas.window(foot - high - slope - 0.02, foot + 0.02, left - 0.02, left + wide + 0.02)
-    pitch = rng.uniform(0.05, 0.1, 2) * (0.5 + scale / 2)
+    pitch = rng.uniform(0.09, 0.16, 2) * (0.5 + scale / 2)
     v, u = (canvas.y - foot) / pitch[0], (canvas.x - left) / pitch[1]
     kind = rng.integers(3)
     if kind == 0:  # windows
@@ -242,7 +242,7 @@ def _building(canvas: _Canvas, foot: float, scale: float) -> None:
 
 def _tree(canvas: _Canvas, foot: float, scale: float) -> None:
     rng = canvas.rng
-    x, radius = rng.uniform(0, canvas.width), rng.uniform(0.12, 0.26) * scale
+    x, radius = rng.uniform(0, canvas.width), rng.uniform(0.2, 0.36) * scale
     stem, tall = rng.uniform(0.3, 1.5) * radius, rng.uniform(0.8, 1.4)
     canvas = canvas.window(
         foot - stem - 2.6 * tall * radius, foot + 0.3 * radius + 0.02, x - 1.6 * radius, x + 1.6 * radius
@@ -262,7 +262,7 @@ def _tree(canvas: _Canvas, foot: float, scale: float) -> None:
 
 def _animal(canvas: _Canvas, foot: float, scale: float) -> None:
     rng = canvas.rng
-    long, x = rng.uniform(0.16, 0.3) * scale, rng.uniform(0.05, canvas.width - 0.05)
+    long, x = rng.uniform(0.2, 0.34) * scale, rng.uniform(0.05, canvas.width - 0.05)
     high, leg = long * rng.uniform(0.5, 0.7), long * rng.uniform(0.4, 0.8)
     facing = rng.choice([-1, 1])
     canvas = canvas.window(foot - leg - 2.5 * high, foot + 0.3 * long, x - 1.6 * long, x + 1.6 * long)
@@ -283,7 +283,7 @@ def _animal(canvas: _Canvas, foot: float, scale: float) -> None:
 
 def _sign(canvas: _Canvas, foot: float, scale: float) -> None:
     rng = canvas.rng
-    radius, x = rng.uniform(0.13, 0.2) * scale, rng.uniform(0.1, canvas.width - 0.1)
+    radius, x = rng.uniform(0.18, 0.28) * scale, rng.uniform(0.1, canvas.width - 0.1)
     y = foot - rng.uniform(1.8, 3.5) * radius
     canvas = canvas.window(y - 1.5 * radius, foot + 0.02, x - 1.5 * radius, x + 1.5 * radius)
     post = _box(canvas, y, foot, x - 0.12 * radius - 0.005, x + 0.12 * radius + 0.005)
