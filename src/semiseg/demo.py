@@ -89,9 +89,12 @@ def demo(out: Path) -> None:
         f"{scenes}\n{len(jobs)} runs of {shared.train.steps} steps on a CPU; test mIoU of each pair:"
     )
 
+    told: set[int] = set()
+
     def report(folder: Path) -> None:
         for seed, pair in zip(SEEDS, pairs, strict=True):
-            if folder in pair and all(map(_finished, pair)):
+            if folder in pair and all(map(_finished, pair)) and seed not in told:
+                told.add(seed)
                 scores = [_score(run) for run in pair]
                 both = "  ".join(f"{arm} {score:.2f}" for arm, score in zip(ARMS, scores, strict=True))
                 print(f"  seed {seed}  {both}  difference {scores[1] - scores[0]:+.2f}", flush=True)
