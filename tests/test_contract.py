@@ -11,7 +11,18 @@ from semiseg.methods import METHODS
 from semiseg.testing import Case, Move
 
 # What the tests need to know about a method beyond its name. A new method starts without an entry.
-MOVES: Mapping[str, Mapping[str, Sequence[Move]]] = {}
+MOVES: Mapping[str, Mapping[str, Sequence[Move]]] = {
+    "advsemiseg": {
+        "lambda_adv": (Move(0.0), Move(0.5)),
+        "lambda_adv_unlabelled": (Move(0.0), Move(0.5)),
+        "lambda_semi": (Move(0.0), Move(0.5)),
+        "threshold": (Move(1.0),),
+        "adv_start": (Move(0.5),),
+        "semi_start": (Move(0.0), Move(0.5)),
+        "critic_scale": (Move(2.0),),
+        "real_smoothing": (Move(0.1),),
+    }
+}
 IDLE: Mapping[str, Mapping[str, str]] = {}
 WITHOUT_UNLABELLED = {"supervised"}
 
@@ -34,6 +45,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         testing.check_gradients,
         testing.check_ignored,
         testing.check_masks,
+        testing.check_processes,
     ],
     ids=lambda check: check.__name__,
 )

@@ -41,8 +41,8 @@ from semiseg.types import InferenceConfig, InputError, Labelled, Options, neares
 FREE = {("train", "workers"), ("train", "save_every"), ("train", "device")}
 """Options that may change when a run goes on: the weights do not depend on them (device: on one kind of machine)."""
 
-_THREADS = torch.get_num_threads()
-"""The machine's physical cores, unless the environment says otherwise; a run may change torch's own number."""
+_THREADS = parallel.threads()
+"""Asked for at once: a run may change torch's own number."""
 
 
 @dataclass(frozen=True)
@@ -176,17 +176,26 @@ def _text(value: object) -> str:
 
 def run(recipe: Recipe, out: Path, base: Path | None = None) -> Model:
     """Runs a recipe in the folder `out`; see `train`."""
-    parallel.world()
     recipe, copies = _resolve(recipe, base)
     recipe = _for_folder(recipe, out, copies)
     if (out / "results.json").exists():
         print(f"{out} holds this run, finished.")
         return load(out)
-    torch.set_num_threads(recipe.train.threads)
-    with alone(out), _nothing_half_written(out), memory_errors(smaller(recipe.train)):
-        sweep(out)
+    with _writing(out), memory_errors(smaller(recipe.train)):
         _run(recipe, out, base, copies)
+        parallel.wait()  # for the files of process 0
     return load(out)
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """The run folder is this run's alone; of several processes the first one sees to that."""
+    if parallel.rank() > 0:
+        yield
+        return
+    with alone(out), _nothing_half_written(out):
+        sweep(out)
+        yield
 
 
 def _run(recipe: Recipe, out: Path, base: Path | None, copies: list[Path]) -> None:
@@ -194,12 +203,15 @@ def _run(recipe: Recipe, out: Path, base: Path | None, copies: list[Path]) -> No
     if problems := leaks(data):
         raise InputError(problems[0])
     device = parallel.device(recipe.train.device)
+    parallel.start(device)  # all have looked at the folder by now: from here on process 0 may write
+    torch.set_num_threads(recipe.train.threads)
     build = build_of(recipe, data, device, base)
     method = methods.find(recipe.method.name, base)(recipe.method.options, build)
     if isinstance(method, nn.Module):
         method.to(device)
 
-    _write_recipe(recipe, out, copies)
+    if parallel.rank() == 0:
+        _write_recipe(recipe, out, copies)
     for line in (_opening(recipe, data, device), *data.notes, *build.report):
         print(line)
     session = Session(out, recipe.train, recipe.evaluate, device)
@@ -207,9 +219,11 @@ def _run(recipe: Recipe, out: Path, base: Path | None, copies: list[Path]) -> No
 
     split, rows = ("test", data.test) if len(data.test) else ("val", data.val)
     results = _results(recipe, data, session, split if len(rows) else None)
+    scores = evaluating.evaluate(net, rows, data, recipe.evaluate, device) if len(rows) else None
+    if parallel.rank() > 0:
+        return
     save_model(out / "model", net.state_dict(), _card(recipe, data))
-    if len(rows):
-        scores = evaluating.evaluate(net, rows, data, recipe.evaluate, device)
+    if scores is not None:
         evaluating.save_scores(out / "results.npz", scores)
         results |= {
             "miou": scores.miou,
@@ -225,6 +239,8 @@ def _opening(recipe: Recipe, data: Data, device: torch.device) -> str:
     images = ", ".join(f"{len(rows)} {name}" for name, rows in pools.items())
     network = recipe.network.name if ":" in recipe.network.name else f"{recipe.network.name} {recipe.network.encoder}"
     where = f"cpu ({recipe.train.threads} thread{'s' * (recipe.train.threads > 1)})" if device.type == "cpu" else "gpu"
+    if parallel.world() > 1:
+        where = f"{parallel.world()} processes, each on {where}"
     return f"{recipe.method.name}, {network}, {recipe.train.steps} steps on {where}; images: {images}"
 
 
@@ -336,7 +352,8 @@ def _card(recipe: Recipe, data: Data) -> dict[str, Any]:
 def _results(recipe: Recipe, data: Data, session: Session, split: str | None) -> dict[str, Any]:
     progress = session.progress()
     chosen = f"best on val at step {int(progress.best['step'])}" if progress.best else "last step (there is no val)"
-    note = "the reported split also chose the checkpoint, so the number is optimistic" if split == "val" else None
+    chose = "it also chose the checkpoint, so the number is optimistic" if recipe.train.evaluations > 1 else None
+    note = f"there is no test split: val is reported; {chose or 'it chose nothing'}" if split == "val" else None
     return {
         "split": split,
         "family": data.family,
@@ -461,6 +478,7 @@ def evaluate(model: Model | str | Path, data: str | Path | Data | None = None, s
     data = replace(data, config=config)
     net = model.predictor.net
     module = net if isinstance(net, nn.Module) else _AsModule(net)
+    parallel.start(model.predictor.device)
     scores = evaluating.evaluate(module, splits[split], data, model.predictor.inference, model.predictor.device)
     return replace(scores, split=split)
 
@@ -546,6 +564,7 @@ def predict(
     """Writes masks for files and folders; see `engine.predict.predict_files`."""
     if not isinstance(model, Model):
         model = load(model)
+    parallel.start(model.predictor.device)
     return predict_files(model.predictor, [Path(image) for image in images], Path(out), confidence, overlay)
 
 

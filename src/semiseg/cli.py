@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 the input is wrong, 2 usage, 130 and 143 interrupted.
 
 import json
 import math
+import os
 import signal
 import sys
 from collections.abc import Mapping
@@ -251,13 +252,16 @@ def methods(as_json: Json = False) -> None:
 
 def main() -> None:
     """Runs the command line and exits with its code."""
+    rank = int(os.environ.get("RANK", "0"))  # not from parallel: it would import torch
+    if rank > 0:
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - of several processes one speaks
     # In training the session answers instead.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     try:
         app()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {f'in process {rank}: ' * (rank > 0)}{error}", file=sys.stderr)
         sys.exit(1)
     except Interrupted as stopped:  # before a verb has begun
         print(stopped, file=sys.stderr)

@@ -1,40 +1,195 @@
-"""Who am I among the processes of a run, and sums over them; one process in this version."""
+"""The processes of a run: which one is this, and sums over all of them. In one process every function does nothing.
 
+torchrun launches them, and each runs the same program on its own block of every batch. GPUs meet through NCCL, CPUs
+through gloo.
+"""
+
+import atexit
 import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 
 from semiseg.types import InputError
 
+T = TypeVar("T")
+
+BUCKET = 25_000_000
+"""Bytes of gradients that travel together: large enough to be quick, small enough to leave while backward runs."""
+
 
 def rank() -> int:
-    """The number of this process, from 0."""
-    return 0
+    """The number of this process, from 0; only process 0 writes files."""
+    return int(os.environ.get("RANK", "0")) if world() > 1 else 0
 
 
 def world() -> int:
-    """How many processes share the run.
-
-    Raises:
-        InputError: several processes were launched, which this version cannot keep equal to one.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("WORLD_SIZE is above 1: this version trains in one process; start it without torchrun.")
-    return 1
-
-
-def shared_sum(values: list[Tensor]) -> list[Tensor]:
-    """Adds each scalar over all processes, in one message; stays on the device."""
-    return [value.detach() for value in values]
+    """How many processes share the run."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def device(name: str) -> torch.device:
-    """The device that `train.device` names; `auto` takes a GPU where there is one.
+    """The device that `train.device` names; `auto` takes a GPU where there is one, each local process its own.
 
     Raises:
-        InputError: a GPU is asked for and there is none.
+        InputError: a GPU is asked for and there is none, or fewer than local processes.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("train.device: cuda was asked for and torch sees no GPU; use cpu or auto.")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if world() == 1:
+        return torch.device("cuda")
+    local, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local >= there:
+        raise InputError(f"{_local_world()} processes were launched here and torch sees {there} GPUs: launch {there}.")
+    return torch.device("cuda", local)
+
+
+def threads() -> int:
+    """CPU threads that are this process' share: its physical cores, or what the environment says.
+
+    Several processes divide the cores, whatever OMP_NUM_THREADS is: torchrun sets it to 1.
+    """
+    if _local_world() == 1 or not hasattr(os, "sched_getaffinity"):
+        return torch.get_num_threads()
+    topology = Path("/sys/devices/system/cpu")
+    siblings = (topology / f"cpu{i}/topology/thread_siblings_list" for i in os.sched_getaffinity(0))
+    cores = {path.read_text() if path.exists() else str(path) for path in siblings}
+    return max(1, len(cores) // _local_world())
+
+
+def _local_world() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def start(place: torch.device) -> None:
+    """Meets the other processes, once; each waits here for all, and takes its share of the cores."""
+    if world() == 1 or dist.is_initialized():
+        return
+    torch.set_num_threads(threads())
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    # Objects and counts of evaluations travel as CPU tensors, gradients as the device's.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo")
+    atexit.register(dist.destroy_process_group)
+
+
+def wait() -> None:
+    """Until all processes are here: what process 0 has written can be read then."""
+    if world() > 1:
+        gather(None)
+
+
+def gather(value: T) -> list[T]:
+    """The value of every process, in the order of their numbers."""
+    if world() == 1:
+        return [value]
+    values: list[T | None] = [None] * world()
+    dist.all_gather_object(values, value)
+    return values  # type: ignore[return-value]
+
+
+def shared_sum(values: Sequence[Tensor]) -> list[Tensor]:
+    """Adds each scalar over all processes, in one message; stays on the device."""
+    values = [value.detach() for value in values]
+    if world() == 1:
+        return values
+    sums = torch.stack([value.double() for value in values])
+    dist.all_reduce(sums)
+    return [total.to(value.dtype) for total, value in zip(sums, values, strict=True)]
+
+
+@contextmanager
+def summed_gradients(weights: Sequence[Tensor]) -> Iterator[None]:
+    """A block with the last backward pass before a step: after it every process has the sum of all gradients.
+
+    A bucket of gradients leaves as soon as all of it are there, while backward goes on with earlier layers. A weight
+    that the loss of no process reached keeps no gradient: with zeros, weight decay and momentum would move it.
+    """
+    if world() == 1:
+        yield
+        return
+    buckets = _buckets(weights)
+    place = {id(weight): i for i, bucket in enumerate(buckets) for weight in bucket}
+    missing = [len(bucket) for bucket in buckets]
+    sent: list[tuple[Tensor, dist.Work]] = []
+
+    def send() -> None:
+        flat = _flat(buckets[len(sent)])
+        sent.append((flat, dist.all_reduce(flat, async_op=True)))
+
+    def arrived(weight: Tensor) -> None:
+        missing[place[id(weight)]] -= 1
+        # In order: all processes must send the same bucket as their n-th.
+        while len(sent) < len(buckets) and missing[len(sent)] == 0:
+            send()
+
+    hooks = [weight.register_post_accumulate_grad_hook(arrived) for weight in weights]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    while len(sent) < len(buckets):
+        send()
+    for bucket, (flat, work) in zip(buckets, sent, strict=True):
+        work.wait()
+        _unflat(flat, bucket)
+
+
+def _buckets(weights: Sequence[Tensor]) -> list[list[Tensor]]:
+    """The weights in the order in which backward reaches them, last layers first, in parts of BUCKET bytes."""
+    buckets: list[list[Tensor]] = [[]]
+    size = 0
+    for weight in reversed(weights):
+        if size > BUCKET:
+            buckets.append([])
+            size = 0
+        buckets[-1].append(weight)
+        size += weight.nbytes
+    return buckets
+
+
+def _flat(bucket: list[Tensor]) -> Tensor:
+    """The gradients one after another, zeros where there is none; then for each whether it is there."""
+    there = bucket[0].new_tensor([weight.grad is not None for weight in bucket])
+    grads = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in bucket]
+    return torch.cat([*(grad.flatten() for grad in grads), there])
+
+
+def _unflat(flat: Tensor, bucket: list[Tensor]) -> None:
+    *parts, there = flat.split([*(weight.numel() for weight in bucket), len(bucket)])
+    reached = [True] * len(bucket)
+    if any(weight.grad is None for weight in bucket):
+        reached = (there > 0).tolist()  # waits for the device, in a case that methods avoid
+    for weight, known in zip(bucket, reached, strict=True):
+        if weight.grad is None and known:
+            weight.grad = torch.zeros_like(weight)
+    pairs = [(weight.grad, part.view_as(weight)) for weight, part in zip(bucket, parts, strict=True)]
+    there_pairs = [(grad, part) for grad, part in pairs if grad is not None]
+    if there_pairs:
+        torch._foreach_copy_([grad for grad, _ in there_pairs], [part for _, part in there_pairs])
+
+
+@torch.no_grad()
+def average_statistics(modules: Iterable[nn.Module]) -> None:
+    """Gives all processes the mean of batch norm's running statistics, where the layers themselves do not share them.
+
+    Averages of averages are averages: a teacher that follows its student by EMA follows the mean.
+    """
+    if world() == 1:
+        return
+    norms = [m for m in modules if isinstance(m, _BatchNorm) and not isinstance(m, SyncBatchNorm)]
+    kept = [b for m in norms for b in (m.running_mean, m.running_var) if b is not None]
+    if not kept:
+        return
+    flat = torch.cat(kept) / world()
+    dist.all_reduce(flat)
+    torch._foreach_copy_(kept, list(flat.split([len(b) for b in kept])))

@@ -15,8 +15,11 @@ import csv
 import io
 import json
 import os
+import pickle
 import random
 import secrets
+import socket
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,8 +32,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
-from semiseg import methods
+from semiseg import methods, parallel
 from semiseg.config import Recipe, build_of, override, parse
 from semiseg.data.formats import write_mask
 from semiseg.data.sampling import Stream
@@ -274,6 +278,7 @@ def check(
     check_ignored(case)
     check_masks(case)
     check_unlabelled(case, unlabelled)
+    check_processes(case)
     check_options(case, moves or {}, idle or {})
 
 
@@ -537,6 +542,83 @@ def check_unlabelled(case: Case, used: bool = True) -> None:
         assert changed, "Another order of the unlabelled images gives the same weights: they have no effect."
     else:
         assert not changed, f"The unlabelled images change the run ({changed})."
+
+
+def check_processes(case: Case, close: float = 1e-9) -> None:
+    """Two processes with half a batch each end like one with the whole, though their pixels count unequally.
+
+    In float64, without dropout layers, which each process draws for itself, and with frozen batch norm, which on CPUs
+    sees the images of its own process.
+    """
+    one = _three_steps(case, "one process")
+    with contextlib.ExitStack() as stack:
+        for process in [_launch(case, rank, port) for port in [_free_port()] for rank in (0, 1)]:
+            stack.callback(process.kill)
+            said, _ = process.communicate(timeout=300)
+            assert process.returncode == 0, f"One of two processes fails: {said.decode().strip()[-2000:]}"
+    before, after = one.checkpoints(), Result({}, case.folder / "two processes").checkpoints()
+    assert before.keys() == after.keys(), f"{min(before.keys() ^ after.keys())} is in one checkpoint of two only."
+    for name, tensor in before.items():
+        off = float((tensor.double() - after[name].double()).abs().max()) if tensor.numel() else 0.0
+        assert off <= close, (
+            f"Two processes end {off:.3g} off one ({name}): losses are Shares, whose counts are added up before they "
+            "divide, and what else crosses images must cross processes too."
+        )
+
+
+def _three_steps(case: Case, name: str) -> Result:
+    """A run in float64 in which the first image of a batch counts less than the others."""
+
+    def uneven(moment: Moment) -> Scalars:
+        batches = {}
+        for stream, batch in moment.batches.items():
+            batches[stream] = batch = replace(batch, image=batch.image.double() / 255)
+            if parallel.rank() == 0 and isinstance(batch, Labelled):
+                mask = batch.mask.clone()
+                mask[0, :24] = IGNORE
+                batches[stream] = replace(batch, mask=mask)
+        for optimizer in moment.method.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-4  # a random network without normalisation: large steps would blow up the last bits
+        for part in moment.method.modules():
+            if isinstance(part, _DropoutNd):
+                part.p = 0.0
+        return replace(moment, batches=batches).go()
+
+    frozen = replace(case, network={**case.network, "frozen_norm": "all"})
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        parallel.start(torch.device("cpu"))
+        data = case.data(scale=(1.0, 1.0))
+        return run(frozen, name, uneven, replace(data, val=data.val[:0]), steps=3, save_every=3, batch=8)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _launch(case: Case, rank: int, port: int) -> "subprocess.Popen[bytes]":
+    launched = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    code = "import pickle, sys; from semiseg import testing; testing._three_steps(*pickle.load(sys.stdin.buffer))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=os.environ | launched | meeting,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    assert process.stdin is not None
+    process.stdin.write(pickle.dumps((case, "two processes")))
+    process.stdin.close()
+    process.stdin = None
+    return process
+
+
+def _free_port() -> int:
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        port: int = place.getsockname()[1]
+        return port
 
 
 # ---- losses and options ------------------------------------------------------------------------------------------

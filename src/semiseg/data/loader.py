@@ -35,10 +35,16 @@ class Item:
 
 
 class Steps(Dataset["Item | InputError"]):
-    """Item t holds the batches of step t, or what is wrong with its files: a worker would bury an exception."""
+    """Item t holds the batches of step t, or what is wrong with its files: a worker would bury an exception.
 
-    def __init__(self, streams: Mapping[str, Stream], timetable: Timetable, data: Data, seed: int) -> None:
+    Of several processes each has its block of every batch.
+    """
+
+    def __init__(
+        self, streams: Mapping[str, Stream], timetable: Timetable, data: Data, seed: int, rank: int = 0, world: int = 1
+    ) -> None:
         self.streams, self.timetable, self.data, self.seed = dict(streams), timetable, data, seed
+        self.rank, self.world = rank, world
 
     def __getitem__(self, step: int) -> Item | InputError:
         try:
@@ -50,7 +56,7 @@ class Steps(Dataset["Item | InputError"]):
         batches: dict[str, Labelled | Unlabelled] = {}
         skipped: dict[str, str] = {}
         for name, stream in self.streams.items():
-            draw = draws(stream, self.timetable, name, self.seed, step)
+            draw = draws(stream, self.timetable, name, self.seed, step).block(self.rank, self.world)
             batches[name] = self._labelled(stream, draw) if stream.labelled else self._unlabelled(stream, draw, skipped)
         return Item(batches, skipped)
 

@@ -55,6 +55,12 @@ class Draw:
     partners: NDArray[np.int64]
     phase: Phase
 
+    def block(self, rank: int, world: int) -> "Draw":
+        """The part of process `rank` of `world`: a block of consecutive slots, in which partners stay."""
+        size = len(self.rows) // world
+        first, end = rank * size, (rank + 1) * size
+        return Draw(self.rows[first:end], self.keys[first:end], self.partners[first:end] - first, self.phase)
+
 
 class Timetable:
     """Steps and samples of a run of `samples` samples in the given phases: a closed form, whatever the batches are."""

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from semiseg import parallel
 from semiseg.data.cache import open_pair
 from semiseg.data.rows import Rows
 from semiseg.data.splits import Data
@@ -56,7 +57,10 @@ class Scores:
 
 
 def evaluate(net: nn.Module, rows: Rows, data: Data, config: InferenceConfig, device: torch.device) -> Scores:
-    """Scores a network at the masks' own sizes, and leaves every part of it in the mode it was in."""
+    """Scores a network at the masks' own sizes, and leaves every part of it in the mode it was in.
+
+    Each of several processes takes a part of the images, and has the scores of all in the end.
+    """
     d, modes = data.config, [(part, part.training) for part in net.modules()]
     net.eval()
 
@@ -64,14 +68,18 @@ def evaluate(net: nn.Module, rows: Rows, data: Data, config: InferenceConfig, de
         image, mask = open_pair(rows[i], d.channels, data.code, d.size, d.cache, whole_mask=True)
         return to_tensor(image), torch.from_numpy(mask)
 
-    confusions = []
-    for image, mask in ahead(read, range(len(rows))):
+    confusions = [torch.zeros((0, len(data.classes), len(data.classes)), dtype=torch.int64, device=device)]
+    for image, mask in ahead(read, range(parallel.rank(), len(rows), parallel.world())):
         probs = probabilities(net, image.to(device), config)
         label = resize(probs, (mask.shape[0], mask.shape[1])).argmax(1)
-        confusions.append(confusion(label, mask[None].to(device), len(data.classes)))
+        confusions.append(confusion(label, mask[None].to(device), len(data.classes))[None])
     for part, training in modes:  # a method may keep batch norms in eval mode inside a network that trains
         part.training = training
-    return Scores(torch.stack(confusions).cpu().numpy(), tuple(rows.names), data.classes)
+    shares = parallel.gather(torch.cat(confusions).cpu().numpy())
+    whole = np.empty((len(rows), *shares[0].shape[1:]), dtype=np.int64)
+    for i, share in enumerate(shares):
+        whole[i :: len(shares)] = share
+    return Scores(whole, tuple(rows.names), data.classes)
 
 
 def to_tensor(image: NDArray[np.generic]) -> Tensor:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from rich.progress import track
 
+from semiseg import parallel
 from semiseg.data.cache import resize_image, target_size
 from semiseg.data.formats import read_image, write_mask
 from semiseg.data.splits import IMAGE_SUFFIXES
@@ -88,7 +89,8 @@ def predict_files(
 ) -> tuple[int, int, dict[str, str]]:
     """Writes `out/NAME.png` for every image, on request `out/confidence/NAME.png` (0..255) and `out/overlay/NAME.jpg`.
 
-    A file whose results are all there is passed over, so that an interrupted call can be repeated.
+    A file whose results are all there is passed over, so that an interrupted call can be repeated. Several processes
+    take a part of the files each.
 
     Returns:
         how many were predicted, how many were there before, and the files that could not be read with the reason.
@@ -117,6 +119,8 @@ def predict_files(
         except InputError as error:
             return error
 
+    parallel.wait()  # until all have seen the same files, before one writes any
+    todo = todo[parallel.rank() :: parallel.world()]
     failed: dict[str, str] = {}
     read_images = track(ahead(read, todo), "predicting", len(todo), transient=True, disable=not sys.stdout.isatty())
     for (source, results), image in zip(todo, read_images, strict=True):
@@ -130,7 +134,8 @@ def predict_files(
         if confidence:
             _save(Image.fromarray((prediction.confidence * 255).round().astype(np.uint8)), results[1])
         write_mask(results[0], prediction.mask, predictor.palette)
-    return len(todo) - len(failed), there, failed
+    parts = parallel.gather((len(todo) - len(failed), failed))
+    return sum(done for done, _ in parts), there, {path: reason for _, part in parts for path, reason in part.items()}
 
 
 def _without(images: list[tuple[Path, Path]], paths: Sequence[Path], out: Path) -> list[tuple[Path, Path]]:

@@ -4,11 +4,12 @@ It knows no method. Everything that a step may depend on is a function of the st
 so a run that was killed ends with the same weights, bit for bit.
 """
 
+import math
 import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from semiseg import parallel
 from semiseg.data.loader import Steps, steps
-from semiseg.data.sampling import Stream, Timetable, draws
+from semiseg.data.sampling import Stream, Timetable, draws, mix_group
 from semiseg.data.splits import Data
 from semiseg.engine import checkpoint
 from semiseg.engine.evaluate import evaluate
@@ -44,6 +45,7 @@ class Trainable(Protocol):
     def streams(self, data: Data, batch: int, crop: tuple[int, int]) -> dict[str, Stream]: ...
     def step(self, clock: Clock, **batches: object) -> dict[str, Tensor]: ...
     def predictor(self) -> nn.Module: ...
+    def modules(self) -> Iterator[nn.Module]: ...
     def parameters(self) -> Iterator[nn.Parameter]: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: Mapping[str, Any]) -> object: ...
@@ -63,6 +65,62 @@ class Progress:
     def lacks(self, step: int, evaluations: set[int]) -> bool:
         """Whether the evaluation that is due at `step` was interrupted."""
         return step in evaluations and (self.last is None or self.last["step"] != step)
+
+
+class _Scalars:
+    """What the steps since the last interval returned, on the device until it is read."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[int, list[str], Tensor]] = []
+
+    def add(self, step: int, scalars: Mapping[str, Tensor]) -> None:
+        values = torch.stack([value.detach().float() for value in scalars.values()])
+        self.steps.append((step, list(scalars), values))
+
+    def read(self) -> tuple[int, dict[str, tuple[float, int]]]:
+        """The first step with a loss that is not finite, or -1, and the sum and number of the finite values by name."""
+        values = iter(torch.cat([values for _, _, values in self.steps]).tolist())
+        bad, sums = -1, dict[str, tuple[float, int]]()
+        for step, names, _ in self.steps:
+            for name in names:
+                value = next(values)
+                total, count = sums[name] if name in sums else (0.0, 0)
+                if math.isfinite(value):
+                    total, count = total + value, count + 1
+                elif name.startswith("loss") and bad < 0:
+                    bad = step
+                sums[name] = total, count
+        self.steps.clear()
+        return bad, sums
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What a process tells the others at an interval."""
+
+    bad: int
+    sums: dict[str, tuple[float, int]]
+    skipped: dict[str, str]
+    signal: int | None
+
+    @classmethod
+    def by_all(cls, scalars: _Scalars, skipped: dict[str, str], signal: int | None) -> "_Told":
+        """Of all processes together: the first bad step, sums, skipped files, and a signal if there was one."""
+        told = parallel.gather(cls(*scalars.read(), skipped, signal))
+        sums = dict[str, tuple[float, int]]()
+        for name, (total, count) in ((n, s) for t in told for n, s in t.sums.items()):
+            before = sums[name] if name in sums else (0.0, 0)
+            sums[name] = before[0] + total, before[1] + count
+        return cls(
+            min((t.bad for t in told if t.bad >= 0), default=-1),
+            sums,
+            {path: reason for t in told for path, reason in t.skipped.items()},
+            next((t.signal for t in told if t.signal is not None), None),
+        )
+
+    def means(self) -> dict[str, float]:
+        """By name; without those that were finite in no step, such as an accuracy of no pixel."""
+        return {name: total / count for name, (total, count) in self.sums.items() if count}
 
 
 @dataclass(frozen=True)
@@ -101,6 +159,7 @@ class Session:
         c = self.config
         streams = streams or method.streams(data, c.batch, c.crop)
         timetable = _timetable(streams, c.steps * c.batch)
+        _check_blocks(streams)
         total = timetable.steps
         start, progress = self._restore(method)
         evaluations = {round(total * (i + 1) / c.evaluations) for i in range(c.evaluations)} | {total}
@@ -109,64 +168,67 @@ class Session:
             checkpoint.load_weights(self.delivered, method.predictor())
             return method.predictor()
         kept = {share: max(1, round(total * share)) for share in c.keep}
-        with Log(self.folder, total, start) as log, _Signals() as signals, memory_errors(smaller(c)):
+        rank, world = parallel.rank(), parallel.world()
+        with Log(self.folder, total, start, rank == 0) as log, _Signals() as signals, memory_errors(smaller(c)):
             if start:
                 log.line(f"going on at step {start} of {total}")
             began, before = time.perf_counter(), progress.seconds
 
-            def save(done: int) -> None:
+            def save(done: int, received: int | None) -> None:
                 progress.seconds = before + time.perf_counter() - began
                 self._save(method, progress, done, done == total and not progress.lacks(done, evaluations))
-                if signals.received is not None:
+                if received is not None:
                     raise Interrupted.by(
-                        signals.received,
-                        f"Stopped at step {done} of {total}: the same command goes on from there.",
+                        received, f"Stopped at step {done} of {total}: the same command goes on from there."
                     )
 
             if progress.lacks(start, evaluations):
                 self._evaluate(method.predictor(), data, start, progress, log, signals)
-                save(start)
-            sums: dict[str, Tensor] = {}
-            summed, images, since = 0, 0, time.perf_counter()
-            bad = torch.full((), -1, dtype=torch.int64, device=self.device)
-            loader = steps(Steps(streams, timetable, data, c.seed), start, c.workers, self.device.type == "cuda")
+                save(start, signals.received)
+            scalars = _Scalars()
+            skipped: dict[str, str] = {}
+            images, since = 0, time.perf_counter()
+            dataset = Steps(streams, timetable, data, c.seed, rank, world)
+            loader = steps(dataset, start, c.workers, self.device.type == "cuda")
             for step, item in enumerate(loader, start):
                 rate = method.schedule.rate(step / total) * timetable.at(step)[0].rate
                 for optimizer in method.optimizers.values():
                     for group in optimizer.param_groups:
                         group["lr"] = group["peak_lr"] * rate
-                torch.manual_seed(_seed(c.seed, step, parallel.rank()))
+                torch.manual_seed(_seed(c.seed, step, rank))
                 batches = {name: batch.to(self.device) for name, batch in item.batches.items()}
-                scalars = method.step(Clock(step, total), **batches)
-
-                finite = torch.stack([v.isfinite() for name, v in scalars.items() if name.startswith("loss")]).all()
-                bad = torch.where((bad < 0) & ~finite, step, bad)
-                sums = {name: value.detach() + sums.get(name, 0) for name, value in scalars.items()}
-                summed, images = summed + 1, images + sum(len(b.row) for b in batches.values())
-                for path, reason in item.skipped.items():
-                    if path not in progress.skipped:
-                        progress.skipped[path] = reason
-                        log.line(f"skipped an unlabelled image: {reason}")
+                scalars.add(step, method.step(Clock(step, total), **batches))
+                parallel.average_statistics(method.modules())
+                skipped |= item.skipped
+                images += sum(len(b.row) for b in batches.values())
 
                 done = step + 1
+                for share in (share for share, at in kept.items() if at == done and rank == 0):
+                    checkpoint.save_weights(self.folder / "kept" / f"{share:g}.safetensors", method.predictor())
                 evaluating = done in evaluations
-                saving = done % c.save_every == 0 or done == total or evaluating or signals.received is not None
-                if done % c.log_every == 0 or saving:
-                    self._check_finite("The loss is", int(bad), streams, timetable)
+                saving = done % c.save_every == 0 or done == total or evaluating
+                # Of several processes the others learn of a signal where all are at the same step.
+                stopping = signals.received is not None and world == 1
+                if done % c.log_every == 0 or saving or stopping:
+                    told = _Told.by_all(scalars, skipped, signals.received)
+                    saving = saving or told.signal is not None
+                    self._check_finite("The loss is", told.bad, streams, timetable)
                     if saving and not _finite(method.parameters()):
                         self._check_finite("A weight is", step, streams, timetable)
-                    values = {name: float(value) / summed for name, value in sums.items()}
-                    speed = images / (time.perf_counter() - since)
+                    for path, reason in told.skipped.items():
+                        if path not in progress.skipped:
+                            progress.skipped[path] = reason
+                            log.line(f"skipped an unlabelled image: {reason}")
+                    values = told.means()
+                    speed = world * images / (time.perf_counter() - since)
                     log.row(step, {**values, "rate": rate, "images_per_second": speed})
                     log.progress(step, values, speed)
-                    sums, summed, images, since = {}, 0, 0, time.perf_counter()
-                if evaluating:
-                    self._evaluate(method.predictor(), data, done, progress, log, signals)
-                    since = time.perf_counter()
-                for share in (share for share, at in kept.items() if at == done):
-                    checkpoint.save_weights(self.folder / "kept" / f"{share:g}.safetensors", method.predictor())
-                if saving:
-                    save(done)
+                    skipped, images, since = {}, 0, time.perf_counter()
+                    if evaluating:
+                        self._evaluate(method.predictor(), data, done, progress, log, signals)
+                        since = time.perf_counter()
+                    if saving:
+                        save(done, told.signal if world > 1 else signals.received)
             log.curves()
         checkpoint.load_weights(self.delivered, method.predictor())
         return method.predictor()
@@ -176,16 +238,24 @@ class Session:
         state = checkpoint.load(self.weights)
         if state is None:
             return 0, Progress()
-        method.load_state_dict(state["method"])
-        for name, optimizer in method.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
+        try:
+            method.load_state_dict(state["method"])
+            for name, optimizer in method.optimizers.items():
+                optimizer.load_state_dict(state["optimizers"][name])
+        except (RuntimeError, ValueError, KeyError) as error:  # such as a class that was added to the data
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"{self.folder} holds a run of another network ({reason}): if the classes or the code have changed "
+                "since, choose another --out."
+            ) from error
         return state["step"], Progress(**state["progress"])
 
     def _evaluate(
         self, net: nn.Module, data: Data, done: int, progress: Progress, log: Log, signals: "_Signals"
     ) -> None:
         try:
-            with signals.at_once():
+            # Several processes finish it together: they would not stop at the same image.
+            with signals.at_once() if parallel.world() == 1 else nullcontext():
                 scores = evaluate(net, data.val, data, self.inference, self.device)
         except Interrupted:
             return  # the checkpoint shows that it is lacking
@@ -195,12 +265,18 @@ class Session:
         best = progress.best is None or scores.miou > progress.best["miou"]
         log.line(f"step {done}: val mIoU {100 * scores.miou:.2f}{' (best so far)' if best else ''}")
         if best:
-            checkpoint.save_weights(self.weights / f"best-{done}.safetensors", net)
+            if parallel.rank() == 0:
+                checkpoint.save_weights(self.weights / f"best-{done}.safetensors", net)
             progress.best = progress.last
         log.curves()
 
     def _save(self, method: Trainable, progress: Progress, done: int, deliver: bool) -> None:
-        progress.peak_gb = max(progress.peak_gb, peak_memory())
+        progress.peak_gb = max(progress.peak_gb, *parallel.gather(peak_memory()))
+        if parallel.rank() == 0:
+            self._write(method, progress, done, deliver)
+        parallel.wait()
+
+    def _write(self, method: Trainable, progress: Progress, done: int, deliver: bool) -> None:
         if deliver:  # before the checkpoint that says so
             self._deliver(method.predictor(), progress)
         optimizers = {name: optimizer.state_dict() for name, optimizer in method.optimizers.items()}
@@ -238,6 +314,29 @@ def _timetable(streams: Mapping[str, Stream], samples: int) -> Timetable:
     timetables = [Timetable(stream.phases, samples) for stream in streams.values()]
     assert len({t.steps for t in timetables}) == 1, "the streams of a method have the same number of steps"
     return timetables[0]
+
+
+def _check_blocks(streams: Mapping[str, Stream]) -> None:
+    """Every process needs its block of each batch, and mixing partners in it.
+
+    Raises:
+        InputError: a batch cannot be divided among the processes.
+    """
+    world = parallel.world()
+
+    def divides(batch: int, mixes: bool) -> bool:
+        return batch % world == 0 and (not mixes or batch // world % mix_group(batch) == 0)
+
+    for stream in streams.values():
+        mixes = stream.strong > 0
+        for batch in (phase.batch for phase in stream.phases):
+            if not divides(batch, mixes):
+                what = " that are mixed in one process" if mixes and batch % world == 0 else ""
+                better = next(size for size in range(batch, world * batch * 12 + 1) if divides(size, mixes))
+                raise InputError(
+                    f"train.batch: {batch} images cannot be divided among {world} processes into equal blocks"
+                    f"{what}: take train.batch={better}, or launch fewer processes."
+                )
 
 
 def _finite(weights: Iterable[Tensor]) -> bool:

@@ -73,8 +73,10 @@ class StepMethod(nn.Module, Method):
     def backward(self, name: str, *terms: tuple[float, Share]) -> list[Tensor]:
         """Adds the gradients of the weighted terms to the weights of optimiser `name`, and to no others.
 
+        The loss of a term is that of all processes' images: its total over the counts of all.
+
         Returns:
-            the value of each term, before its weight, detached.
+            the value of each term, before its weight, detached; its mean over the processes is the loss.
         """
         shares = [share for _, share in terms]
         sums = parallel.shared_sum([c for s in shares for c in (s.count, s.count if s.over is None else s.over)])
@@ -84,11 +86,12 @@ class StepMethod(nn.Module, Method):
             values.append(share.total / some * (over / some if share.over is not None else 1))
         loss = torch.stack([weight * value for (weight, _), value in zip(terms, values, strict=True)]).sum()
         loss.backward(inputs=self._weights(name))
-        return [value.detach() for value in values]
+        return [value.detach() * parallel.world() for value in values]
 
     def update(self, name: str, *terms: tuple[float, Share]) -> list[Tensor]:
-        """`backward`, then one step of optimiser `name`."""
-        values = self.backward(name, *terms)
+        """`backward`, then one step of optimiser `name` on the gradients of all processes."""
+        with parallel.summed_gradients(self._weights(name)):
+            values = self.backward(name, *terms)
         if self.build.optim.clip is not None:
             nn.utils.clip_grad_norm_(self._weights(name), self.build.optim.clip)
         self.optimizers[name].step()
