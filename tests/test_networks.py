@@ -3,9 +3,12 @@
 import copy
 import json
 import os
+import pickle
 import socket
 import time
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,14 +22,26 @@ from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from semiseg.networks import factory
+from semiseg.networks import deeplabv2, factory
+from semiseg.networks.critic import Critic
 from semiseg.networks.factory import Build, NetworkConfig, OptimConfig, load_object
 from semiseg.networks.net import SegNet, Wrapped, _SameConv2d
 from semiseg.networks.weights import load_tensors, read_model, read_weights, save_model
 from semiseg.types import InputError
 
 TINY = {"encoder": "test_resnet", "weights": "random"}
-DECODERS = ("deeplabv3", "fpn", "linknet", "manet", "pspnet", "segformer", "unet", "unetplusplus", "upernet")
+DECODERS = (
+    "deeplabv2",
+    "deeplabv3",
+    "fpn",
+    "linknet",
+    "manet",
+    "pspnet",
+    "segformer",
+    "unet",
+    "unetplusplus",
+    "upernet",
+)
 
 
 def build(channels: int = 3, seed: int = 0, base: Path | None = None, optim: Any = None, **options: Any) -> Build:
@@ -302,6 +317,16 @@ def test_a_partial_file_is_reported(tmp_path: Path) -> None:
         assert part in text
 
 
+class Armed:
+    """Makes a folder where it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder),)
+
+
 @pytest.mark.parametrize("channels", [1, 4, 7])
 def test_an_input_convolution_is_summed_or_repeated(channels: int) -> None:
     net, tensors = segnet(channels), tiny_weights()
@@ -321,15 +346,65 @@ def test_wrong_files_of_weights(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     (tmp_path / "text.safetensors").write_text("no")
     (tmp_path / "folder").mkdir()
+    for name, content in {
+        "module": nn.Linear(1, 1),
+        "list": [torch.zeros(1)],
+        "numbers": {1: torch.zeros(1)},
+        "epoch": {"a": torch.zeros(1), "epoch": 3},
+        "armed": {"a": Armed(tmp_path / "fired")},
+    }.items():
+        torch.save(content, tmp_path / f"{name}.pth")
+    torch.save(nn.Linear(1, 1), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    torch.save(tiny_weights(), tmp_path / "half.pth")
+    (tmp_path / "half.pth").write_bytes((tmp_path / "half.pth").read_bytes()[:5000])
+    (tmp_path / "text.pth").write_text("<!DOCTYPE html>")
+    (tmp_path / "empty.pth").touch()
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps({"a": 1}))
+    broken = r" is damaged, or not in torch's format: store the tensors alone, or name another file\.$"
+    linear = r" holds torch\.nn\.modules\.linear\.Linear, but only tensors are opened: store the tensors alone, or "
     cases = {
         "other.safetensors": r"other.safetensors: none of its 1 tensors \(a\) fits the encoder; set network.encoder",
         "text.safetensors": r"text.safetensors cannot be read as safetensors",
         "absent.safetensors": r"network.weights: absent.safetensors is not there \(looked for in .*correct the path",
         "folder": r"network.weights: .*folder is a folder; name a .safetensors file.",
+        "module.pth": r"module\.pth" + linear,
+        "old.pth": r"old\.pth" + linear,
+        "armed.pth": r"armed\.pth holds (posix|nt)\.mkdir, but only tensors are opened",
+        "half.pth": r"half\.pth" + broken,
+        "text.pth": r"text\.pth" + broken,
+        "empty.pth": r"empty\.pth" + broken,
+        "plain.pth": r"plain\.pth" + broken,
+        "list.pth": r"list\.pth holds something else than tensors by name: name a file of a network's weights\.$",
+        "numbers.pth": r"numbers\.pth holds something else than tensors by name",
+        "epoch.pth": r"epoch\.pth holds something else than tensors by name",
+        "absent.pth": r"network.weights: absent.pth is not there",
     }
     for weights, message in cases.items():
         with pytest.raises(InputError, match=message):
             build(weights=weights, base=tmp_path).network()
+    assert not (tmp_path / "fired").exists()
+
+
+@pytest.mark.parametrize("change", [0, 1, 2])
+def test_a_damaged_file_of_torch_is_an_error_or_none(tmp_path: Path, change: int) -> None:
+    """Whatever bytes are turned round: no exception but the one sentence, nothing printed."""
+    file, rng = tmp_path / "w.pth", np.random.default_rng(change)
+    torch.save({"a": torch.zeros(3), "b": torch.ones(2)}, file, _use_new_zipfile_serialization=change == 0)
+    whole = np.frombuffer(file.read_bytes(), np.uint8)
+    refused = []
+    for _ in range(60):
+        spoilt = whole.copy()
+        spoilt[rng.integers(0, len(whole), 5)] = rng.integers(0, 256, 5)
+        file.write_bytes(spoilt[: rng.integers(1, len(whole)) if change == 2 else None].tobytes())
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            try:
+                read_weights(file)
+            except InputError as error:
+                refused.append(str(error))
+        assert not said
+    assert len(refused) > 30
+    assert not any("\n" in sentence for sentence in refused)
 
 
 def test_without_a_connection_weights_are_random_and_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -401,6 +476,447 @@ def test_wrong_models(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"could not be written"):
         save_model(tmp_path / "file", {"a": torch.zeros(1)}, {})
+
+
+# ---- DeepLab-v2 ------------------------------------------------------------------------------------------------------
+
+RATES = (6, 12, 18, 24)
+NARROW: dict[str, Any] = {
+    "name": "deeplabv2",
+    "encoder": "resnet26",
+    "weights": "random",
+    "encoder_options": {"layers": [2, 1, 2, 1], "channels": [8, 8, 16, 24]},
+}
+"""A bottleneck ResNet of 100,000 weights."""
+
+
+class Published:
+    """DeepLab-v2 as its weights are published, written down from the description: tensors by name, one path forward."""
+
+    def __init__(self, blocks: tuple[int, ...], widths: tuple[int, ...], classes: int) -> None:
+        self.blocks, self.draw = blocks, torch.Generator().manual_seed(1)
+        self.tensors: dict[str, Tensor] = {}
+        self._convolution("conv1", 64, 3, 7)
+        self._norm("bn1", 64)
+        before = 64
+        for stage, (count, width) in enumerate(zip(blocks, widths, strict=True), 1):
+            for block in (f"layer{stage}.{i}" for i in range(count)):
+                shapes = ((width, before, 1), (width, width, 3), (4 * width, width, 1))
+                for part, shape in enumerate(shapes, 1):
+                    self._convolution(f"{block}.conv{part}", *shape)
+                    self._norm(f"{block}.bn{part}", shape[0])
+                if block.endswith(".0"):
+                    self._convolution(f"{block}.downsample.0", 4 * width, before, 1)
+                    self._norm(f"{block}.downsample.1", 4 * width)
+                before = 4 * width
+        for i in range(len(RATES)):
+            self._convolution(f"layer5.conv2d_list.{i}", classes, before, 3)
+            self.tensors[f"layer5.conv2d_list.{i}.bias"] = self._normal(classes)
+
+    def _normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.draw)
+
+    def _convolution(self, name: str, out: int, into: int, side: int) -> None:
+        self.tensors[f"{name}.weight"] = self._normal(out, into, side, side) * (2 / (into * side**2)) ** 0.5
+
+    def _norm(self, name: str, width: int) -> None:
+        self.tensors[f"{name}.weight"] = 0.5 + 0.1 * self._normal(width)
+        self.tensors[f"{name}.bias"] = 0.1 * self._normal(width)
+        self.tensors[f"{name}.running_mean"] = 0.1 * self._normal(width)
+        self.tensors[f"{name}.running_var"] = 1 + 0.1 * self._normal(width).abs()
+
+    def _conv(self, x: Tensor, conv: str, norm: str, **options: Any) -> Tensor:
+        t = self.tensors
+        x = F.conv2d(x, t[f"{conv}.weight"], **options)
+        mean, var, weight, bias = (
+            t[f"{norm}.{part}"].view(-1, 1, 1) for part in ("running_mean", "running_var", "weight", "bias")
+        )
+        return (x - mean) / (var + 1e-5).sqrt() * weight + bias
+
+    def __call__(self, image: Tensor, branches: int = 4) -> Tensor:
+        """(B, 3, H, W) uint8, red first -> logits (B, C, H, W)."""
+        centred = image - torch.tensor([122.679, 116.669, 104.007]).view(3, 1, 1)
+        x = self._conv(centred, "conv1", "bn1", stride=2, padding=3).relu()
+        height, width = ((side + 2) // 2 for side in x.shape[-2:])  # half a window more at an even border: rounded up
+        x = F.pad(x, (1, 2 * width - x.shape[3], 1, 2 * height - x.shape[2]), value=-torch.inf)
+        x = F.max_pool2d(x, 3, stride=2)
+        for stage, (count, stride, dilation) in enumerate(zip(self.blocks, (1, 2, 1, 1), (1, 1, 2, 4), strict=True), 1):
+            for i in range(count):
+                block, step = f"layer{stage}.{i}", stride if i == 0 else 1
+                y = self._conv(x, f"{block}.conv1", f"{block}.bn1", stride=step).relu()
+                y = self._conv(y, f"{block}.conv2", f"{block}.bn2", padding=dilation, dilation=dilation).relu()
+                y = self._conv(y, f"{block}.conv3", f"{block}.bn3")
+                if i == 0:
+                    x = self._conv(x, f"{block}.downsample.0", f"{block}.downsample.1", stride=step)
+                x = (x + y).relu()
+        head = [f"layer5.conv2d_list.{i}" for i in range(branches)]
+        maps = [
+            F.conv2d(x, self.tensors[f"{b}.weight"], self.tensors[f"{b}.bias"], padding=r, dilation=r)
+            for b, r in zip(head, RATES, strict=False)
+        ]
+        return F.interpolate(torch.stack(maps).sum(0), size=image.shape[-2:], mode="bilinear", align_corners=True)
+
+
+def narrow() -> Published:
+    options = NARROW["encoder_options"]
+    return Published(tuple(options["layers"]), tuple(options["channels"]), 5)
+
+
+def alike(logits: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4 * float(expected.std()))
+
+
+PLAIN: Any = vars(pickle)["_Pickler"]  # written in Python, unlike pickle.Pickler
+
+
+class _Python2(PLAIN):
+    """Stores text as Python 2 did, in whose days these weights were published."""
+
+    dispatch = dict(PLAIN.dispatch)
+
+    def _text(self, text: str) -> None:
+        self.write(pickle.SHORT_BINSTRING + bytes([len(text)]) + text.encode())
+        self.memoize(text)
+
+    dispatch[str] = _text
+
+
+PYTHON2 = SimpleNamespace(
+    __name__="pickle",
+    Pickler=_Python2,
+    dump=lambda content, file, protocol: _Python2(file, protocol).dump(content),
+)
+
+
+def test_the_released_network_is_the_published_one(tmp_path: Path) -> None:
+    """ResNet-101 by its public names: strides, padding, rounding, resizing, and channels red first."""
+    published = Published((3, 4, 23, 3), (64, 128, 256, 512), 21)
+    file = tmp_path / "w.pth"
+    torch.save(published.tensors, file)
+    config = NetworkConfig(name="deeplabv2", encoder="resnet101", weights=str(file), options={"released": True})
+    made = Build(21, 3, config, OptimConfig())
+    net = made.network().eval()
+    assert made.report == [f"{file}: 528 of the encoder and head's 528 tensors loaded"]
+    assert sum(p.numel() for p in net.parameters()) == 44_048_532
+    for size in ((97, 97), (80, 64)):
+        image = images(1, 3, *size)
+        with torch.no_grad():
+            logits, expected = net(image), published(image)
+        assert logits.shape == expected.shape == (1, 21, *size)
+        alike(logits, expected)
+
+
+@pytest.fixture(scope="module")
+def resnet101() -> deeplabv2.DeepLabV2:
+    """Shapes without numbers."""
+    with torch.device("meta"):
+        return deeplabv2.DeepLabV2("tu-resnet101", classes=21, released=True)
+
+
+@pytest.mark.parametrize(("side", "sides"), [(321, [161, 81, 41, 41, 41]), (505, [253, 127, 64, 64, 64])])
+def test_sides_of_the_released_features(resnet101: deeplabv2.DeepLabV2, side: int, sides: list[int]) -> None:
+    maps = resnet101.encoder(torch.empty(1, 3, side, side, device="meta"))
+    assert [m.shape[-1] for m in maps[1:]] == sides
+
+
+def test_layers_of_the_released_network(resnet101: deeplabv2.DeepLabV2) -> None:
+    counts = {
+        p: sum(w.numel() for w in resnet101.parameters() if w.requires_grad in p) for p in ((True,), (True, False))
+    }
+    assert counts == {(True,): 44_048_532 - 105_344, (True, False): 42_500_160 + 1_548_372}
+    assert sum(w.numel() for w in resnet101.segmentation_head.parameters()) == 1_548_372
+    stages = resnet101.encoder.get_submodule("model")
+    assert stages.get_submodule("maxpool").ceil_mode
+    for stage, (count, stride, dilation) in enumerate([(3, 1, 1), (4, 2, 1), (23, 1, 2), (3, 1, 4)], 1):
+        blocks = list(stages.get_submodule(f"layer{stage}").children())
+        assert len(blocks) == count
+        for i, block in enumerate(blocks):
+            step = (stride, stride) if i == 0 else (1, 1)
+            assert (block.conv1.stride, block.conv2.stride) == (step, (1, 1))
+            assert block.conv2.dilation == block.conv2.padding == (dilation, dilation)
+            assert block.downsample is None or block.downsample[0].stride == step
+    for module in resnet101.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert not module.weight.requires_grad
+            assert not module.bias.requires_grad
+
+
+@pytest.mark.parametrize("released", [False, True])
+@pytest.mark.parametrize("branches", [1, 2, 4])
+def test_every_branch_counts(branches: int, released: bool) -> None:
+    """Released code returns from inside its loop over the branches, and leaves two of four out."""
+    net, image = segnet(**NARROW, options={"branches": branches, "released": released}), images(1, 3, 64, 64)
+    own = [part for part in net.head.modules() if isinstance(part, nn.Conv2d)]
+    assert [(b.dilation, b.padding) for b in own] == [((r, r), (r, r)) for r in RATES[:branches]]
+    with torch.no_grad():
+        for branch in own:
+            before = net(image)
+            branch.weight += 0.1
+            assert (net(image) - before).abs().max() > 1e-3
+
+
+def test_deeplabv2_is_not_released_by_default() -> None:
+    net, image = segnet(**NARROW), images(1, 3, 45, 70)
+    assert net.multiple == net.stride == 8
+    assert all(p.requires_grad for p in net.parameters())
+    assert torch.allclose(net.normalise.mean.flatten(), torch.tensor([0.485, 0.456, 0.406]))
+    with torch.no_grad():
+        small = net.classify(net.fuse(net.encode(image)))
+        assert small.shape == (1, 5, 6, 9)
+        expected = F.interpolate(small, scale_factor=8, mode="bilinear", align_corners=False)[..., :45, :70]
+        torch.testing.assert_close(net(image), expected)
+
+
+@pytest.mark.parametrize("size", [(1, 33), (45, 70), (64, 64)])
+def test_the_released_network_does_not_pad(size: tuple[int, int]) -> None:
+    net = segnet(**NARROW, options={"released": True})
+    with torch.no_grad():
+        maps = net.encode(images(1, 3, *size))
+        halved = size
+        for m, ceil in zip(maps[:3], (False, True, False), strict=True):
+            halved = tuple((side + 1 + ceil * (side % 2 == 0)) // 2 for side in halved)  # type: ignore[assignment]
+            assert m.shape[2:] == halved
+        logits = net.classify(net.fuse(maps))
+        expected = F.interpolate(logits, size=size, mode="bilinear", align_corners=True)
+        assert torch.equal(net(images(1, 3, *size)), expected)
+
+
+@pytest.mark.parametrize("optim", ["sgd", "adamw"])
+def test_the_released_norms_count_on_but_do_not_learn(optim: str) -> None:
+    made = build(**NARROW, options={"released": True}, optim={"name": optim, "lr": 0.1, "weight_decay": 0.5})
+    net = made.network().train()
+    assert isinstance(net, SegNet)
+    optimizer, before = made.optimizer(net), copy.deepcopy(net.state_dict())
+    for _ in range(2):
+        optimizer.zero_grad()
+        net(images(2, 3, 48, 48)).square().mean().backward()
+        optimizer.step()
+    norms = {name for name, module in net.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    assert len(norms) == 1 + 6 * 3 + 4
+    for name, tensor in net.state_dict().items():
+        module, _, part = name.rpartition(".")
+        still = name.startswith("normalise.") or (module in norms and part in ("weight", "bias"))
+        assert torch.equal(tensor, before[name]) == still, name
+
+
+@pytest.mark.parametrize(
+    ("prefix", "wrapped", "how"),
+    [
+        ("", None, {}),
+        ("module.", "state_dict", {}),
+        ("Scale.", None, {"_use_new_zipfile_serialization": False}),
+        ("module.Scale.", "model", {"_use_new_zipfile_serialization": False}),
+        ("Scale.", None, {"_use_new_zipfile_serialization": False, "pickle_module": PYTHON2}),
+    ],
+    ids=["zip", "wrapped", "legacy", "wrapped-legacy", "python2"],
+)
+def test_published_files_load_completely(tmp_path: Path, prefix: str, wrapped: str | None, how: dict[str, Any]) -> None:
+    published, file = narrow(), tmp_path / "w.pth"
+    tensors = {prefix + name: tensor for name, tensor in published.tensors.items()}
+    tensors |= {f"{prefix}bn1.num_batches_tracked": torch.tensor(3)}
+    torch.save({wrapped: tensors, "epoch": 3, "optimizer": {}} if wrapped else tensors, file, **how)
+    made = build(**NARROW | {"weights": "w.pth"}, base=tmp_path, options={"released": True})
+    net = made.network().eval()
+    total = len(published.tensors)
+    assert made.report == [f"{file}: {total} of the encoder and head's {total} tensors loaded"]
+    image = images(2, 3, 48, 40)
+    with torch.no_grad():
+        alike(net(image), published(image))
+
+
+def test_published_weights_with_two_branches(tmp_path: Path) -> None:
+    published = narrow()
+    torch.save(published.tensors, tmp_path / "w.pth")
+    made = build(**NARROW | {"weights": "w.pth"}, base=tmp_path, options={"released": True, "branches": 2})
+    net, total = made.network().eval(), len(published.tensors) - 4
+    assert made.report[0].endswith(f": {total} of the encoder and head's {total} tensors loaded")
+    assert made.report[1] == (
+        "  in the file, not used by the encoder and head: layer5.conv2d_list.2.weight, layer5.conv2d_list.2.bias, "
+        "layer5.conv2d_list.3.weight and 1 more"
+    )
+    image = images(1, 3, 48, 40)
+    with torch.no_grad():
+        alike(net(image), published(image, branches=2))
+
+
+def test_published_weights_of_other_classes(tmp_path: Path) -> None:
+    """COCO's 21 classes, say, as the start for one's own five."""
+    options = NARROW["encoder_options"]
+    published = Published(tuple(options["layers"]), tuple(options["channels"]), 21)
+    torch.save(published.tensors, tmp_path / "w.pth")
+    made = build(**NARROW | {"weights": "w.pth"}, base=tmp_path, options={"released": True})
+    net, random = made.network(), build(**NARROW, options={"released": True}).network()
+    assert isinstance(net, SegNet)
+    assert isinstance(random, SegNet)
+    total = len(published.tensors)
+    assert made.report[0].endswith(f": {total - 8} of the encoder and head's {total} tensors loaded")
+    assert made.report[1] == (
+        "  left random, of another shape: layer5.conv2d_list.0.weight (21, 96, 3, 3) for (5, 96, 3, 3), "
+        "layer5.conv2d_list.0.bias (21,) for (5,), layer5.conv2d_list.1.weight (21, 96, 3, 3) for (5, 96, 3, 3) "
+        "and 5 more"
+    )
+    assert same(net.head, random.head)
+    first = net.encoder.get_parameter("model.conv1.weight")
+    assert torch.equal(first, published.tensors["conv1.weight"])
+
+
+def test_timms_weights_in_the_released_dialect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {k: v for k, v in narrow().tensors.items() if not k.startswith("layer5.")}
+    save_file(tensors, tmp_path / "w.safetensors")
+    made = build(**NARROW | {"weights": "w.safetensors"}, base=tmp_path)
+    net = made.network()
+    assert isinstance(net, SegNet)
+    assert torch.equal(net.encoder.get_parameter("model.conv1.weight"), tensors["conv1.weight"])
+    assert made.report[1].startswith("  left random, not in the file: layer5.conv2d_list.0.weight, layer5.")
+    assert len(made.report) == 2
+    monkeypatch.setattr(factory, "_download", lambda _: tensors)
+    made = build(**NARROW | {"weights": "pretrained"}, options={"released": True})
+    net = made.network()
+    assert isinstance(net, SegNet)
+    assert made.report == [f"timm's resnet26: {len(tensors)} of the encoder's {len(tensors)} tensors loaded"]
+    assert torch.allclose(net.normalise.mean.flatten(), torch.tensor([0.485, 0.456, 0.406])), (
+        "what they were trained with"
+    )
+
+
+def test_mean_and_spread_of_the_published_weights() -> None:
+    normalise = segnet(**NARROW, options={"released": True}).normalise
+    red = torch.tensor([200.0, 100.0, 50.0]).view(1, 3, 1, 1).to(torch.uint8)
+    assert normalise(red).flatten().tolist() == pytest.approx([77.321, -16.669, -54.007], abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"options": {"branches": 5}}, r"branches is 5, but it should be 1 to 4"),
+        ({"options": {"branches": 0}}, r"branches is 0, but it should be 1 to 4"),
+        ({"options": {"branches": "two"}}, r"branches is two, but it should be 1 to 4"),
+        (
+            {"options": {"released": True}, "encoder": "resnet18", "encoder_options": {}},
+            r"released is for a whole ResNet with bottlenecks, such as resnet101",
+        ),
+        ({"options": {"released": True, "encoder_depth": 4}}, r"released is for a whole ResNet with bottlenecks"),
+    ],
+)
+def test_wrong_options_of_deeplabv2(options: dict[str, Any], reason: str) -> None:
+    encoder = options.get("encoder", "resnet26")
+    with pytest.raises(InputError, match=rf"^network: deeplabv2 cannot be built on {encoder} \(.*{reason}"):
+        build(**NARROW | options).network()
+
+
+# ---- critic ----------------------------------------------------------------------------------------------------------
+
+
+def probabilities(classes: int, *size: int) -> Tensor:
+    return torch.randn(2, classes, *size, generator=torch.Generator().manual_seed(0)).softmax(1)
+
+
+@pytest.mark.parametrize(
+    ("size", "sides"),
+    [
+        ((321, 321), [(160, 160), (80, 80), (40, 40), (20, 20), (10, 10)]),
+        ((512, 1024), [(256, 512), (128, 256), (64, 128), (32, 64), (16, 32)]),
+    ],
+)
+def test_sides_of_the_critics_maps(size: tuple[int, int], sides: list[tuple[int, int]]) -> None:
+    x, found = torch.empty(1, 21, *size, device="meta"), []
+    for layer in Critic(21).to("meta").layers:
+        x = layer(x)
+        if isinstance(layer, nn.Conv2d):
+            found.append(tuple(x.shape[2:]))
+    assert found == sides
+
+
+@pytest.mark.parametrize(("classes", "weights"), [(21, 2_783_169), (19, 2_781_121)])
+def test_weights_of_the_critic(classes: int, weights: int) -> None:
+    assert sum(p.numel() for p in Critic(classes).parameters()) == weights
+
+
+def test_an_answer_sees_94_px() -> None:
+    critic = Critic(1)
+    with torch.no_grad():
+        for p in critic.parameters():
+            p.fill_(1 / p.numel())
+    image = torch.ones(1, 1, 224, 32, requires_grad=True)
+    critic.layers(image)[0, 0, 3, 0].backward()
+    assert image.grad is not None
+    assert int((image.grad[0, 0] > 0).any(1).sum()) == 94
+
+
+def test_the_critic_by_hand() -> None:
+    """Five convolutions, no normalisation, a leak of 0.2, and a map as large as the image."""
+    critic, probs = Critic(5).double(), probabilities(5, 70, 96).double()
+    x = probs
+    convolutions = [layer for layer in critic.layers if isinstance(layer, nn.Conv2d)]
+    for i, conv in enumerate(convolutions):
+        x = F.conv2d(F.pad(x, (1, 1, 1, 1)), conv.weight, conv.bias, stride=2)
+        x = x if i == 4 else torch.where(x > 0, x, 0.2 * x)
+    assert x.shape == (2, 1, 2, 3)
+    expected = F.interpolate(x, size=(70, 96), mode="bilinear", align_corners=False)
+    answer = critic(probs)
+    assert answer.dtype == torch.float64
+    torch.testing.assert_close(answer, expected)
+    critic.kind = "image"
+    means = x.mean((1, 2, 3)).view(2, 1, 1, 1)
+    torch.testing.assert_close(critic(probs), means.expand(2, 1, 70, 96))
+
+
+def test_the_critic_sees_small_crops_enlarged() -> None:
+    critic, probs = Critic(5, scale=2.5), probabilities(5, 20, 26)
+    enlarged = F.interpolate(probs, size=(50, 65), mode="bilinear", align_corners=False)
+    expected = F.interpolate(critic.layers(enlarged), size=(20, 26), mode="bilinear", align_corners=False)
+    assert torch.equal(critic(probs), expected)
+
+
+def test_a_critic_in_bfloat16() -> None:
+    critic, probs = Critic(5, precision=torch.bfloat16), probabilities(5, 40, 40).requires_grad_()
+    rough = critic(probs)
+    rough.square().sum().backward()
+    assert rough.dtype == torch.float32
+    assert probs.grad is not None
+    assert probs.grad.dtype == torch.float32
+    critic.precision = None
+    exact = critic(probs)
+    assert 0 < (rough - exact).abs().max() < 0.1 * exact.abs().max()
+    critic.precision = torch.bfloat16
+    assert critic.double()(probs.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("size", "scale", "expected"),
+    [
+        ((16, 40), 1.0, r"16x40 px, times method\.critic_scale=1, are .* the 32 px .*, or method\.critic_scale=2\.$"),
+        ((31, 31), 1.0, r"31x31 px, times method\.critic_scale=1, are .*, or method\.critic_scale=2\.$"),
+        ((48, 48), 0.5, r"48x48 px, times method\.critic_scale=0\.5, are .*, or method\.critic_scale=1\.$"),
+        ((5, 32), 2.0, r"5x32 px, times method\.critic_scale=2, are .*, or method\.critic_scale=7\.$"),
+    ],
+)
+def test_a_crop_too_small_for_the_critic(size: tuple[int, int], scale: float, expected: str) -> None:
+    with pytest.raises(InputError, match=r"^train\.crop: " + expected) as refused:
+        Critic(3, scale=scale)(probabilities(3, *size))
+    advised = float(str(refused.value).rpartition("=")[2].rstrip("."))
+    assert Critic(3, scale=advised)(probabilities(3, *size)).shape == (2, 1, *size)
+
+
+def test_a_critic_of_other_classes() -> None:
+    expected = (
+        r"^The network gives 3 classes where the data, and so the critic, has 5: correct the one that network\.name"
+    )
+    with pytest.raises(InputError, match=expected):
+        Critic(5)(probabilities(3, 64, 64))
+
+
+def test_a_critic_is_drawn_from_seed_and_salt() -> None:
+    state = torch.get_rng_state()
+    critic = build().critic()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert same(critic, build().critic())
+    assert not same(critic, build(seed=1).critic())
+    assert not same(critic, build().critic(salt=2))
+    other = Build(5, 3, NetworkConfig(**TINY), OptimConfig(), channels_last=True, precision=torch.bfloat16)
+    made = other.critic("image", 1.5)
+    assert (made.kind, made.scale, made.precision, made.classes) == ("image", 1.5, torch.bfloat16, 5)
+    assert made.get_parameter("layers.2.weight").is_contiguous(memory_format=torch.channels_last)
 
 
 # ---- seeds, options, optimisers --------------------------------------------------------------------------------------

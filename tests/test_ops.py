@@ -27,6 +27,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Share]] = {
     "ohem": lambda z, y: losses.ohem(z, y, min_kept=7),
     "dice": losses.dice,
     "masked": lambda z, y: losses.masked_cross_entropy(z, y.long(), y != 0, y != IGNORE),
+    "binary": lambda z, y: losses.binary_cross_entropy(z[:, :1], 1.0, y != IGNORE),
 }
 
 
@@ -147,6 +148,23 @@ def test_masked_cross_entropy_divides_by_all_counted_pixels() -> None:
     assert value(losses.masked_cross_entropy(logits, label, selected, counted)) == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize("target", [0.0, 1.0])
+def test_binary_cross_entropy(target: float) -> None:
+    logits, mask = batch(13)
+    answer = logits[:, :1] * 20  # so large that the sigmoid rounds to 0 or 1
+    share = losses.binary_cross_entropy(answer, target, mask != IGNORE)
+    counted = [float(d) for d, k in zip(answer.flatten(), mask.flatten(), strict=True) if k != IGNORE]
+    assert float(share.count) == len(counted)
+    expected = sum(max(d, 0) - d * target + math.log1p(math.exp(-abs(d))) for d in counted)
+    assert share.total.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_binary_cross_entropy_of_no_opinion_is_ln_2() -> None:
+    for target in (0.0, 1.0):
+        share = losses.binary_cross_entropy(torch.zeros(2, 1, 3, 4), target, torch.ones(2, 3, 4).bool())
+        assert value(share) == pytest.approx(math.log(2))
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_batch_of_ignored_pixels_gives_zero_with_a_graph(name: str) -> None:
     logits = batch(6)[0].requires_grad_()
@@ -227,6 +245,24 @@ def test_pseudo_label(dtype: torch.dtype) -> None:
     np.testing.assert_array_equal(label.numpy(), probs.argmax(1))
     np.testing.assert_allclose(confidence.numpy(), probs.max(1), rtol=1e-5)
     assert not confidence.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_one_hot(dtype: torch.dtype, smoothing: float) -> None:
+    mask = batch(21)[1].to(dtype)
+    probs = pseudo.one_hot(mask, C, smoothing, torch.float64)
+    assert (probs.shape, probs.dtype) == ((2, C, 5, 6), torch.float64)
+    for (b, y, x), k in np.ndenumerate(mask.numpy()):
+        own = [1 - smoothing if c == k else smoothing / (C - 1) for c in range(C)]
+        assert probs[b, :, y, x].tolist() == pytest.approx([0.0] * C if k == IGNORE else own, rel=1e-15)
+    assert pseudo.one_hot(mask, C, smoothing).dtype == torch.float32
+
+
+def test_one_hot_of_a_single_class() -> None:
+    mask = torch.tensor([[[0, IGNORE]]])
+    assert pseudo.one_hot(mask, 1).tolist() == [[[[1, 0]]]]
+    assert pseudo.one_hot(mask, 1, 0.2)[0, 0, 0].tolist() == pytest.approx([0.8, 0])
 
 
 # mixing
@@ -632,7 +668,9 @@ def test_nothing_waits_for_the_device() -> None:
             losses.ohem(logits, mask),
             losses.dice(logits, mask),
             losses.masked_cross_entropy(logits, label, confidence > 0.5, mask != IGNORE),
+            losses.binary_cross_entropy(logits[:, :1], 1.0, mask != IGNORE),
         ]
+        pseudo.one_hot(mask, C, 0.1)
         torch.autograd.backward([term.total for term in terms])
         losses.class_weights(partner)
         box = mix.cutmix_box(u, (20, 24), (0.2, 0.5), 0.5)

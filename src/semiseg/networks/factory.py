@@ -27,8 +27,11 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
+from semiseg import parallel
+from semiseg.networks import deeplabv2
+from semiseg.networks.critic import Critic, Kind
 from semiseg.networks.net import FrozenNorm, SegNet, Wrapped
-from semiseg.networks.weights import load_encoder, load_tensors
+from semiseg.networks.weights import load_tensors, read_weights
 from semiseg.types import InputError, Options, nearest
 
 _DECODERS = {
@@ -44,6 +47,7 @@ _DECODERS = {
     "segformer": "Segformer",
 }
 """smp's PAN needs images of 128 px, and its DPT takes no encoder with a feature pyramid."""
+_NAMES = (*_DECODERS, "deeplabv2")
 _FIXED = {"encoder_name", "encoder_weights", "in_channels", "classes", "activation", "upsampling", "aux_params"}
 """Arguments of smp's decoders that are no options: they follow from the data, or belong to parts that are not used."""
 _PROBE_SECONDS = 4
@@ -56,11 +60,11 @@ class NetworkConfig(Options):
     """Which network, and what it starts from."""
 
     name: str = "deeplabv3plus"
-    """A decoder of segmentation_models_pytorch, or your own class as file.py:Class or package.module:Class."""
+    """A decoder of segmentation_models_pytorch, deeplabv2, or your own: file.py:Class or package.module:Class."""
     encoder: str = "resnet50"
     """Any encoder of timm, with or without the tag of its weights."""
     weights: str = "pretrained"
-    """pretrained (timm's download, else random and said so), random, or a .safetensors file in timm's names."""
+    """pretrained (timm's download, else random and said so), random, or a file (.safetensors, .pth) in timm's names."""
     encoder_options: dict[str, Any] = {}
     """Handed to timm's encoder."""
     options: dict[str, Any] = {}
@@ -136,6 +140,14 @@ class Build:
             net = net.to(memory_format=torch.channels_last)
         return net.to(self.device)
 
+    def critic(self, kind: Kind = "pixel", scale: float = 1.0, salt: int = 1) -> Critic:
+        """A new critic on the device, its random weights from (seed, salt)."""
+        with _drawn_from(self.seed, salt):
+            net = Critic(self.classes, kind, scale, self.precision)
+        if self.channels_last:
+            net = net.to(memory_format=torch.channels_last)
+        return net.to(self.device)
+
     def optimizer(self, net: nn.Module, extra: Iterable[nn.Module] = ()) -> Optimizer:
         """AdamW or SGD over a network and `extra` modules; each group carries `peak_lr`.
 
@@ -155,16 +167,24 @@ class Build:
         import timm
 
         config = self.config
-        _known(config.name, _DECODERS, "network.name")
+        _known(config.name, _NAMES, "network.name")
         _known(config.encoder.partition(".")[0], timm.list_models(), "network.encoder")
         _known(
             config.encoder, (config.encoder.partition(".")[0], *timm.list_models(include_tags=True)), "network.encoder"
         )
+        released = config.name == "deeplabv2" and bool(config.options.get("released"))
         card = _card(config.encoder)
-        mean, std = self._statistics(card.mean, card.std)
+        published = released and config.weights != "pretrained"
+        known = (deeplabv2.MEAN, (deeplabv2.STD,) * 3) if published else (card.mean, card.std)
+        mean, std = self._statistics(*known)
         model = _create(config, self.classes, self.channels)
+        if parallel.world() > 1 and self.device.type == "cuda":
+            from timm.layers.norm_act import convert_sync_batchnorm  # torch's drops the activations in timm's layers
+
+            model = convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
         try:
-            net = SegNet(model, self.classes, mean, std, self.precision, config.checkpointing, config.frozen_norm)
+            precision, frozen = self.precision, config.frozen_norm
+            net = SegNet(model, self.classes, mean, std, precision, config.checkpointing, frozen, released)
         except (RuntimeError, AssertionError, ValueError) as error:
             reason = _reason(error)
             raise InputError(
@@ -206,7 +226,9 @@ class Build:
         if config.weights == "random":
             self._say("network.weights is random: training starts from random weights")
         elif config.weights != "pretrained":
-            self._say(*load_encoder(net.encoder, find_weights(config.weights, self.base)).lines())
+            path = find_weights(config.weights, self.base)
+            head = deeplabv2.head_names(net.head) if config.name == "deeplabv2" else {}
+            self._say(*load_tensors(net.encoder, read_weights(path), str(path), head).lines())
         elif isinstance(self._pretrained, str):
             self._say(
                 f"no pretrained weights of {config.encoder} ({self._pretrained}): training starts from RANDOM weights; "
@@ -247,7 +269,7 @@ def _known(name: str, names: Iterable[str], option: str) -> None:
 def _create(config: NetworkConfig, classes: int, channels: int) -> nn.Module:
     import segmentation_models_pytorch as smp
 
-    decoder = getattr(smp, _DECODERS[config.name])
+    decoder = deeplabv2.DeepLabV2 if config.name == "deeplabv2" else getattr(smp, _DECODERS[config.name])
     own = set(inspect.signature(decoder.__init__).parameters) - _FIXED - {"self", "kwargs"}
     for name in config.options:
         _known(name, own, f"network.options of {config.name}")

@@ -51,13 +51,15 @@ class Normalise(nn.Module):
         return torch.addcmul(-self.mean / self.std, image.to(self.mean.dtype), 1 / (white(image) * self.std))
 
 
-def _autocast(like: Tensor, precision: torch.dtype | None) -> AbstractContextManager[Any]:
+def autocast(like: Tensor, precision: torch.dtype | None) -> AbstractContextManager[Any]:
+    """A block in the precision, for a tensor like that one; float64 is left alone."""
     if precision is None or like.dtype == torch.float64:
         return nullcontext()
     return torch.autocast(like.device.type, precision)
 
 
-def _full(logits: Tensor) -> Tensor:
+def full(logits: Tensor) -> Tensor:
+    """float32, or float64 as it was."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
@@ -83,8 +85,13 @@ class SegNet(nn.Module):
         precision: torch.dtype | None = None,
         checkpointing: bool = False,
         frozen_norm: FrozenNorm = "none",
+        align_corners: bool = False,
     ) -> None:
-        """`model` has the `encoder`, `decoder` and `segmentation_head` of segmentation_models_pytorch."""
+        """`model` has the `encoder`, `decoder` and `segmentation_head` of segmentation_models_pytorch.
+
+        With `align_corners` images are not padded, and logits are resized with their corners on those of the image: for
+        weights that were trained so.
+        """
         super().__init__()
         encoder, head = model.get_submodule("encoder"), model.get_submodule("segmentation_head")
         self.normalise = Normalise(mean, std)
@@ -93,7 +100,8 @@ class SegNet(nn.Module):
         # Behind the convolution a head of smp has an upsampling with another definition than ours.
         self.head = head.get_submodule("0")
         self.classes, self.channels, self.precision = classes, len(mean), precision
-        self.multiple = int(encoder.output_stride)  # type: ignore[arg-type]
+        self.align_corners = align_corners
+        self.multiple = 1 if align_corners else int(encoder.output_stride)  # type: ignore[arg-type]
         _fix_same_padding(encoder)
         if checkpointing:
             _checkpoint_blocks(encoder)
@@ -103,19 +111,22 @@ class SegNet(nn.Module):
 
     def _measure(self) -> None:
         """Learns from one small image which maps of the encoder are real, and the stride and width of the fused one."""
-        side, training = 4 * self.multiple, self.training
+        multiple, training = int(self.encoder.output_stride), self.training  # type: ignore[arg-type]
+        side = max(4, -(-128 // multiple)) * multiple  # so large that a border does not change the ratios
         self.eval()
         with torch.no_grad():
             image = torch.zeros(1, self.channels, side, side)
             maps = self.encoder(image)
             fused = self.decoder(maps)
-            size = self.head(fused).shape[-2:]
+            logits = self.head(fused)
+        if logits.shape[1] != self.classes:
+            raise InputError(f"network.name: the network gives {logits.shape[1]} classes, the data has {self.classes}.")
         self.train(training)
         # An encoder puts the image itself first, and a transformer an empty map at stride 2: neither is a feature.
-        self._strides = tuple(side // m.shape[-1] for m in maps)
+        self._strides = tuple(round(side / m.shape[-1]) for m in maps)
         self._real = tuple(m is not image and m.shape[1] > 0 for m in maps)
-        self.width, self.stride = fused.shape[1], side // fused.shape[-1]
-        assert size == fused.shape[-2:], "a head whose convolution changes the size"
+        self.width, self.stride = fused.shape[1], round(side / fused.shape[-1])
+        assert logits.shape[-2:] == fused.shape[-2:], "a head whose convolution changes the size"
 
     def train(self, mode: bool = True) -> Self:
         """Training or evaluation mode; frozen batch norms stay in the latter."""
@@ -127,7 +138,7 @@ class SegNet(nn.Module):
     def encode(self, image: Tensor) -> list[Tensor]:
         """(B, N, H, W) -> feature maps (B, ., h, w), finest first, without the image itself."""
         image = self._pad(self.normalise(image))
-        with _autocast(image, self.precision):
+        with autocast(image, self.precision):
             maps = self.encoder(image)
         return [m for m, real in zip(maps, self._real, strict=True) if real]
 
@@ -144,7 +155,7 @@ class SegNet(nn.Module):
             InputError: one image is too few for the decoder's batch norm, which follows a pooling to one px.
         """
         try:
-            with _autocast(features[0], self.precision):
+            with autocast(features[0], self.precision):
                 fused: Tensor = self.decoder(self._with_stand_ins(features))
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
@@ -169,10 +180,12 @@ class SegNet(nn.Module):
 
         Without `size` (B, C, h, w), the logits at `stride`.
         """
-        with _autocast(fused, self.precision):
-            logits: Tensor = _full(self.head(fused))
+        with autocast(fused, self.precision):
+            logits: Tensor = full(self.head(fused))
         if size is None:
             return logits
+        if self.align_corners:
+            return F.interpolate(logits, size=size, mode="bilinear", align_corners=True)
         if self.stride > 1:
             padded = (logits.shape[-2] * self.stride, logits.shape[-1] * self.stride)
             logits = F.interpolate(logits, size=padded, mode="bilinear", align_corners=False)
@@ -210,7 +223,7 @@ class Wrapped(nn.Module):
             InputError: the module returns something else.
         """
         image = self.normalise(image)
-        with _autocast(image, self.precision):
+        with autocast(image, self.precision):
             logits = self.model(image)
         if not isinstance(logits, Tensor) or logits.ndim != 4 or logits.shape[1] != self.classes:
             got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -218,7 +231,7 @@ class Wrapped(nn.Module):
             raise InputError(
                 f"network.name: forward of {name} must return logits (B, {self.classes}, h, w), not {got}."
             )
-        logits = _full(logits)
+        logits = full(logits)
         if logits.shape[-2:] == image.shape[-2:]:
             return logits
         return F.interpolate(logits, size=image.shape[-2:], mode="bilinear", align_corners=False)

@@ -1,9 +1,12 @@
 """Reading and writing weights: encoders in timm's names, and models in a folder of two files.
 
-Only safetensors: no file of weights can run code.
+No file of weights can run code: safetensors, and of torch's own format what holds tensors alone.
 """
 
 import json
+import re
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,7 @@ class Report:
     unexpected     the source has them, the encoder has not: as a rule a classifier
     mismatched     of another shape: left random
     adapted        input convolutions whose channels were summed or repeated, as timm does
+    parts          what the source could fill
     """
 
     source: str
@@ -38,13 +42,14 @@ class Report:
     unexpected: tuple[str, ...]
     mismatched: tuple[str, ...]
     adapted: tuple[str, ...]
+    parts: str = "encoder"
 
     def lines(self) -> list[str]:
         """The report for people: one line, and one more for each kind of difference."""
-        lines = [f"{self.source}: {self.loaded} of the encoder's {self.total} tensors loaded"]
+        lines = [f"{self.source}: {self.loaded} of the {self.parts}'s {self.total} tensors loaded"]
         kinds = {
             "left random, not in the file": self.missing,
-            "in the file, not used by the encoder": self.unexpected,
+            f"in the file, not used by the {self.parts}": self.unexpected,
             "left random, of another shape": self.mismatched,
             "input channels adapted": self.adapted,
         }
@@ -52,11 +57,13 @@ class Report:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on the CPU.
+    """The tensors of a safetensors file, or of torch's own format (.pth, .pt), on the CPU.
 
     Raises:
-        InputError: there is no file, or it is none of safetensors.
+        InputError: there is no file, or it is none of these, or it holds more than tensors.
     """
+    if path.suffix in (".pth", ".pt"):
+        return _read_torch(path)
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
@@ -65,17 +72,29 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def load_encoder(encoder: nn.Module, path: Path) -> Report:
-    """Loads a safetensors file in timm's names into an encoder of smp.
+def _read_torch(path: Path) -> dict[str, Tensor]:
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): name another file.") from error
+    except Exception as error:  # a damaged file raises nearly any
+        other = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"holds {other[1]}, but only tensors are opened" if other else "is damaged, or not in torch's format"
+        raise InputError(f"{path} {what}: store the tensors alone, or name another file.") from error
+    for key in ("state_dict", "model"):  # as training scripts wrap them
+        found = found[key] if isinstance(found, dict) and isinstance(found.get(key), dict) else found
+    if not isinstance(found, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items()):
+        raise InputError(f"{path} holds something else than tensors by name: name a file of a network's weights.")
+    return found
 
-    Raises:
-        InputError: the file cannot be read, or nothing of it fits.
-    """
-    return load_tensors(encoder, read_weights(path), str(path))
 
+def load_tensors(
+    encoder: nn.Module, tensors: dict[str, Tensor], source: str, more: Mapping[str, Tensor] | None = None
+) -> Report:
+    """Loads tensors in timm's names into an encoder of smp, and into those of `more` by their own names.
 
-def load_tensors(encoder: nn.Module, tensors: dict[str, Tensor], source: str) -> Report:
-    """Loads tensors in timm's names into an encoder of smp; `source` names them.
+    `source` names them in the report.
 
     Raises:
         InputError: none fits.
@@ -83,6 +102,8 @@ def load_tensors(encoder: nn.Module, tensors: dict[str, Tensor], source: str) ->
     from timm.models import adapt_input_conv
 
     own = {name: tensor for name, tensor in encoder.state_dict().items() if not name.endswith("num_batches_tracked")}
+    own |= more or {}
+    tensors = {name.removeprefix("module.").removeprefix("Scale."): tensor for name, tensor in tensors.items()}
     places = {name: _place(name, own) for name in tensors if not name.endswith("num_batches_tracked")}
     loaded, mismatched, adapted = set(), [], []
     with torch.no_grad():
@@ -111,11 +132,14 @@ def load_tensors(encoder: nn.Module, tensors: dict[str, Tensor], source: str) ->
         unexpected=tuple(name for name, place in places.items() if place is None),
         mismatched=tuple(mismatched),
         adapted=tuple(adapted),
+        parts="encoder and head" if more else "encoder",
     )
 
 
 def _place(name: str, own: dict[str, Tensor]) -> str | None:
     """Where timm's feature extractor keeps the tensor `name`: some join its first two parts, some wrap the network."""
+    if name in own:
+        return name
     for block in _BLOCK_NAMES:
         for candidate in (name, name.replace(".", "_", 1)):
             if f"model.{block}{candidate}" in own:

@@ -69,6 +69,16 @@ def masked_cross_entropy(logits: Tensor, label: Tensor, selected: Tensor, counte
     return Share(_nats(logits, target).sum(), counted.sum().to(_wide(logits).dtype))
 
 
+def binary_cross_entropy(logits: Tensor, target: float, counted: Tensor) -> Share:
+    """Cross-entropy of the counted pixels against one answer for all, in nats.
+
+    logits (B, 1, H, W), of being true; target 0 or 1; counted (B, H, W) bool.
+    """
+    wide = _wide(logits).squeeze(1)
+    nats = F.binary_cross_entropy_with_logits(wide, torch.full_like(wide, target), reduction="none")
+    return Share((nats * counted).sum(), counted.sum().to(nats.dtype))
+
+
 def class_weights(counts: Tensor) -> Tensor:
     """Weights that lift rare classes: 1 / sqrt(count), scaled to a mean of 1 over the classes that occur.
 

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from semiseg.types import IGNORE
+
 
 @torch.no_grad()
 def pseudo_label(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -13,3 +15,16 @@ def pseudo_label(logits: Tensor) -> tuple[Tensor, Tensor]:
     wide = logits if logits.dtype == torch.float64 else logits.float()
     confidence, label = wide.softmax(1).max(1)
     return label, confidence
+
+
+def one_hot(mask: Tensor, classes: int, smoothing: float = 0.0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A mask as a map of probabilities, (B, H, W) uint8 or int64 -> (B, classes, H, W); zeros at IGNORE.
+
+    `smoothing` is the share of the probability that is spread over the other classes.
+    """
+    ids = torch.arange(classes, device=mask.device).view(1, -1, 1, 1)
+    own = (mask.unsqueeze(1) == ids).to(dtype)
+    if smoothing == 0:
+        return own
+    known = (mask != IGNORE).unsqueeze(1)
+    return (own * (1 - smoothing) + (1 - own) * (smoothing / max(1, classes - 1))) * known
