@@ -171,7 +171,8 @@ def test_damaged_unlabelled_image_is_passed_over(semiseg: Command, recipe: Path,
         ("network.encoder=resnet_50", "network.encoder: resnet_50 is unknown; did you mean resnet50 or "),
         ("network.encoder=zzz", "network.encoder: zzz is unknown; no name like it is among the "),
         ("method=fixmach", "method.name: fixmach is unknown; did you mean fixmatch?"),
-        ("method=zzz", "method.name: zzz is unknown; known: fixmatch, supervised."),
+        ("method=zzz", "method.name: zzz is unknown; known: advsemiseg, fixmatch, supervised."),
+        ("method=advsemi", "method.name: advsemi is unknown; did you mean advsemiseg?"),
         ("method.treshold=0.9", "method.treshold is unknown; did you mean threshold?"),
         ("method.loss.kid=ce", "method.loss.kid is unknown; did you mean kind?"),
         ("train.stps=4", "train.stps is unknown; did you mean steps?"),
@@ -217,6 +218,45 @@ def test_option(refused: Command, override: str, expected: str) -> None:
     assert expected in refused(override)
 
 
+OTHER_CLASSES = """
+import segmentation_models_pytorch as smp
+
+def three(channels, classes):
+    return smp.FPN("tu-test_resnet", encoder_weights=None, in_channels=channels, classes=3)
+"""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ("method.threshold=1.01", "method.threshold is 1.01, but it should be at most 1."),
+        ("method.threshold=-0.1", "method.threshold is -0.1, but it should be at least 0."),
+        ("method.semi_start=1", "method.semi_start is 1, but it should be below 1."),
+        ("method.lambda_adv=-1", "method.lambda_adv is -1, but it should be at least 0."),
+        ("method.critic=patch", "method.critic is 'patch', but it should be pixel or image."),
+        ("method.critic_scale=0", "method.critic_scale is 0, but it should be above 0."),
+        ("method.critic_scale=1000", "method.critic_scale is 1000, but it should be at most 16."),
+        ("method.critic_lr=0", "method.critic_lr is 0, but it should be above 0."),
+        ("method.real_smoothing=1", "method.real_smoothing is 1, but it should be below 1."),
+        (
+            "data.unlabelled=none method.lambda_semi=0.1",
+            "method.lambda_semi is given, but data.unlabelled is none: remove the one or the other.",
+        ),
+        (
+            "train.crop=[16,48]",
+            "train.crop: 16x48 px, times method.critic_scale=1, are less than the 32 px that the critic needs: ",
+        ),
+        (
+            "network.name=own.py:three",
+            "The network gives 3 classes where the data, and so the critic, has 7: correct the one that network.name ",
+        ),
+    ],
+)
+def test_option_of_advsemiseg(refused: Command, tmp_path: Path, overrides: str, expected: str) -> None:
+    (tmp_path / "own.py").write_text(OTHER_CLASSES)
+    assert refused("method=advsemiseg", *overrides.split()).startswith(expected)
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -227,7 +267,7 @@ def test_option(refused: Command, override: str, expected: str) -> None:
         ("train: {steps: 5}", "r.yaml: data is missing: write it there."),
         ("data: {format: folder}", "r.yaml: data.root is missing: write it there."),
         ("data: {root: x}\nfoo: 1", "r.yaml: foo is unknown; known: data, evaluate, method, "),
-        ("data: {root: x}\nmethod: 3", "r.yaml: method has no name: give one, supervised or fixmatch."),
+        ("data: {root: x}\nmethod: 3", "r.yaml: method has no name: give one, supervised or fixmatch or advsemiseg."),
         ("data: {root: x}\nmethod: {ema: 2}", "r.yaml: method.ema is 2, but it should be below 1."),
         ("data: {root: x}\noptim: {rate: 2}", "r.yaml: optim.rate is unknown; did you mean "),
     ],
@@ -252,6 +292,25 @@ def test_weights(refused: Command, tmp_path: Path, content: bytes | dict[str, to
     path = tmp_path / "weights.safetensors"
     path.write_bytes(content) if isinstance(content, bytes) else save_file(content, path)
     assert expected in refused("network.weights=weights.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (
+            torch.nn.ReLU(),
+            "w.pth holds torch.nn.modules.activation.ReLU, but only tensors are opened: store the ",
+        ),
+        ({"epoch": 3}, "w.pth holds something else than tensors by name: name a file of a network's weights."),
+        (b"no weights at all", "w.pth is damaged, or not in torch's format: store the tensors alone, or name another "),
+        ({"a.b": torch.zeros(3)}, "w.pth: none of its 1 tensors (a.b) fits the encoder; set network.encoder"),
+    ],
+    ids=["object", "numbers", "text", "other network"],
+)
+def test_weights_of_torch(refused: Command, tmp_path: Path, content: object, expected: str) -> None:
+    path = tmp_path / "w.pth"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    assert expected in refused("network.weights=w.pth")
 
 
 # ---- memory ------------------------------------------------------------------------------------------------------

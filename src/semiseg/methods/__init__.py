@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from semiseg.methods.advsemiseg import AdvSemiSeg
 from semiseg.methods.base import Method, StepMethod
 from semiseg.methods.fixmatch import FixMatch
 from semiseg.methods.supervised import Supervised
@@ -11,6 +12,7 @@ from semiseg.types import InputError, Options, nearest
 METHODS: dict[str, type[Method]] = {
     "supervised": Supervised,
     "fixmatch": FixMatch,
+    "advsemiseg": AdvSemiSeg,
 }
 
 DEFAULT = "fixmatch"
@@ -48,4 +50,4 @@ def _describe(config: type[Options], before: str) -> dict[str, tuple[str, str]]:
     return found
 
 
-__all__ = ["DEFAULT", "METHODS", "FixMatch", "Method", "StepMethod", "Supervised", "describe", "find"]
+__all__ = ["DEFAULT", "METHODS", "AdvSemiSeg", "FixMatch", "Method", "StepMethod", "Supervised", "describe", "find"]
