@@ -12,8 +12,9 @@ from PIL import Image
 
 from semiseg import api
 from semiseg.config import load_recipe
-from semiseg.data.formats import read_mask, write_mask
-from semiseg.data.splits import default_palette, read_classes
+from semiseg.data.formats import MaskCode, read_mask, write_mask
+from semiseg.data.layouts import CLASSES
+from semiseg.data.splits import default_palette
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -45,6 +46,21 @@ NAMES = {
         "val": ["005506_0", "225091_1"],
         "unlabeled": ["000114_0", "278364_1", "900001_2"],
     },
+    "voc2012": {
+        "train": ["2007_000032", "2007_000039", "2008_000002", "2010_000003"],
+        "val": ["2007_000033", "2009_000001"],
+    },
+    "cityscapes": {
+        "train": ["aachen_000000_000019", "aachen_000001_000019", "ulm_000000_000019", "ulm_000001_000019"],
+        "val": ["frankfurt_000000_000294", "munster_000000_000019"],
+        "test": ["berlin_000000_000019"],
+    },
+}
+CLASSES_OF = {
+    "camvid": CAMVID,
+    "idd_lite": IDD_LITE,
+    "voc2012": CLASSES["voc"][0],
+    "cityscapes": CLASSES["cityscapes"][0],
 }
 
 
@@ -57,11 +73,46 @@ def draw(rng: np.random.Generator, classes: int) -> tuple[NDArray[np.uint8], NDA
     return image, mask
 
 
+def save(path: Path, pixels: NDArray[np.uint8]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+def write_voc(folder: Path, rng: np.random.Generator) -> None:
+    """VOC's masks have a palette and a border, SBD's are grey and have none; the images of both lie together."""
+    names, lists = NAMES["voc2012"], folder / "ImageSets/Segmentation"
+    official = [*names["train"][:2], *names["val"]]
+    (folder / "SegmentationClass").mkdir(parents=True)
+    for name in (*names["train"], *names["val"]):
+        image, mask = draw(rng, 21)
+        save(folder / f"JPEGImages/{name}.jpg", image)
+        save(folder / f"SegmentationClassAug/{name}.png", np.where(mask == 255, 0, mask).astype(np.uint8))
+        if name in official:
+            write_mask(folder / f"SegmentationClass/{name}.png", mask, default_palette(21))
+    lists.mkdir(parents=True)
+    for name, ids in (("train", official[:2]), ("val", names["val"]), ("trainval", official)):
+        (lists / f"{name}.txt").write_text("\n".join(ids))
+
+
+def write_cityscapes(folder: Path, rng: np.random.Generator) -> None:
+    """Masks of raw ids (0 to 33) beside the files that come with them; those of test are empty."""
+    for split, names in NAMES["cityscapes"].items():
+        for name in names:
+            place = f"{split}/{name.partition('_')[0]}/{name}"
+            image, mask = draw(rng, 34)
+            mask[:2] = 3
+            save(folder / f"leftImg8bit/{place}_leftImg8bit.png", image)
+            save(folder / f"gtFine/{place}_gtFine_labelIds.png", mask * (split != "test"))
+            save(folder / f"gtFine/{place}_gtFine_color.png", image)
+
+
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that $SEMISEG_DATA names, with both data sets."""
+    """The folder that $SEMISEG_DATA names, with all data sets."""
     folder = tmp_path_factory.mktemp("shared")
     rng = np.random.default_rng(0)
+    write_voc(folder / "voc2012", rng)
+    write_cityscapes(folder / "cityscapes", rng)
     for name, classes in (("camvid", CAMVID), ("idd_lite", IDD_LITE)):
         palette = default_palette(len(classes))
         for split, stems in NAMES[name].items():
@@ -97,7 +148,7 @@ def test_two_steps_an_evaluation_and_a_prediction(
     ]  # fmt: skip
     everything = recipe.data.labelled == "all"
     small += [] if everything else ["data.labelled=2"]
-    small += ["network.encoder=test_resnet"] if recipe.network.encoder == "resnet50" else []
+    small += ["network.encoder=test_resnet"] if recipe.network.encoder.startswith("resnet") else []
 
     threads = torch.get_num_threads()
     try:
@@ -105,18 +156,20 @@ def test_two_steps_an_evaluation_and_a_prediction(
     finally:
         torch.set_num_threads(threads)
 
-    data, names = api.data_of(tmp_path / "run"), NAMES[recipe.data.root]
-    assert model.classes == (CAMVID if recipe.data.root == "camvid" else IDD_LITE)
+    root, names = recipe.data.root, NAMES[recipe.data.root]
+    data, unlabelled = api.data_of(tmp_path / "run"), recipe.data.unlabelled
+    assert model.classes == CLASSES_OF[root]
     assert len(data.labelled) == (4 if everything else 2)
     rest = 4 - len(data.labelled) + (3 if "unlabeled" in names else 0)
-    assert len(data.unlabelled) == (rest or 4)
+    assert len(data.unlabelled) == (0 if unlabelled == "none" else rest or 4)
     results = json.loads((tmp_path / "run/results.json").read_text())
-    split = "test" if "test" in names else "val"
+    split = "test" if "test" in names and root != "cityscapes" else "val"
     assert (results["split"], results["images"]) == (split, len(names[split]))
     assert results["val_last"]["step"] == 2
 
-    done, _, failed = api.predict(model, [shared / recipe.data.root / "images" / split], tmp_path / "masks")
+    rows = data.test if split == "test" else data.val
+    done, _, failed = api.predict(model, [row.image for row in rows], tmp_path / "masks")
     assert (done, failed) == (len(names[split]), {})
-    code = read_classes(data.config, shared / recipe.data.root)[2]
-    for stem in names[split]:
-        assert read_mask(tmp_path / "masks" / f"{stem}.png", code).shape == SIZE
+    for row in rows:
+        mask = read_mask(tmp_path / "masks" / f"{row.image.stem}.png", MaskCode(len(model.classes)))
+        assert mask.shape == SIZE

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from semiseg.data.cache import cache_dir, open_image, open_mask, open_pair
 from semiseg.data.formats import Colour
+from semiseg.data.layouts import CITYSCAPES_IDS
 from semiseg.data.rows import Row, Rows
 from semiseg.data.splits import Data, looks_like_sequences, prefixes
 from semiseg.files import replacing, write_json
@@ -108,6 +109,8 @@ def check(data: Data) -> Report:
     warnings += _unreadable(unlabelled, looks_unlabelled)
     good = {name: _Good(pools[name], found, len(data.classes)) for name, found in looks.items()}
     problems += _identical({name: (pool.rows, pool.digests) for name, pool in good.items()})
+    problems += _train_ids_for_raw_ones(data, good)
+    warnings += _raw_ids_for_train_ids(data)
     warnings += _transductive(_Good(unlabelled, looks_unlabelled, len(data.classes)), good)
     warnings += _alike(good)
     warnings += _classes(data, good)
@@ -326,8 +329,35 @@ def _classes(data: Data, pools: Mapping[str, _Good]) -> list[str]:
     return found
 
 
+def _train_ids_for_raw_ones(data: Data, pools: Mapping[str, _Good]) -> list[str]:
+    """Masks of Cityscapes' train ids, read as raw ones, show no class but the six whose raw ids are below 19."""
+    looked = [pool for pool in pools.values() if len(pool.rows)]
+    if not looked or not CITYSCAPES_IDS.items() <= dict(data.code.values or ()).items():
+        return []
+    above = [label for raw, label in CITYSCAPES_IDS.items() if raw >= len(CITYSCAPES_IDS)]
+    if np.sum([pool.counts.sum(0) for pool in looked], axis=0)[above].any():
+        return []
+    advice = "name them *_gtFine_labelTrainIds.png" if data.config.format == "cityscapes" else "remove data.values"
+    names = some(row.mask.name for pool in looked for row in pool.rows if row.mask)
+    return [f"No mask has a raw Cityscapes id above 18, so they seem to hold train ids already ({names}): {advice}."]
+
+
+def _raw_ids_for_train_ids(data: Data) -> list[str]:
+    """Ignoring what is above 18 silences the reader's error about raw ids, and leaves the mistake."""
+    values = dict(data.code.values or ())
+    same = values.items() >= {i: i for i in range(len(CITYSCAPES_IDS))}.items()
+    ignored = [raw for raw in CITYSCAPES_IDS if raw >= len(CITYSCAPES_IDS) and raw in values and values[raw] == IGNORE]
+    if len(data.classes) != len(CITYSCAPES_IDS) or not same or len(ignored) < len(CITYSCAPES_IDS) // 3:
+        return []
+    found = f"The values {some(ignored)} are ignored, and 0 to 18 are taken for the 19 classes"
+    advice = "set data.format: cityscapes, or give each value its class by data.values"
+    return [f"{found}: if the masks hold raw Cityscapes ids, where 7 is road, {advice}."]
+
+
 def _sequences(data: Data) -> list[str]:
     """Pools that share name prefixes, where the names look like frames of videos."""
+    if data.config.format in ("voc", "cityscapes"):  # divided by those who made them; VOC's names begin with a year
+        return []
     inside = {"labelled": "train", "val": "val", "test": "test"}
     names = {
         pool: [name.removeprefix(f"images/{inside[pool]}/") for name in rows.names.tolist()]

@@ -265,10 +265,13 @@ def _unknown_values(path: Path, values: Pixels, code: MaskCode) -> str:
     found = f"{path}: has mask values {some(values.tolist())}{lossy}"
     if code.values is not None:
         return f"{found} that data.values does not list; add each with its class id, or with {IGNORE} to ignore it."
-    return (
-        f"{found} beyond the {code.classes} classes (ids 0 to {code.classes - 1}, {IGNORE} is ignored); "
-        "add the missing classes, or give each value an id by data.values."
-    )
+    beyond = f"{found} beyond the {code.classes} classes (ids 0 to {code.classes - 1}, {IGNORE} is ignored)"
+    if code.classes == 19 and values.max() <= 33:  # the ids of *_labelIds.png end there
+        return (
+            f"{beyond}, which look like raw Cityscapes ids; set data.format: cityscapes (it reads them), "
+            "or give each value an id by data.values."
+        )
+    return f"{beyond}; add the missing classes, or give each value an id by data.values."
 
 
 def _from_colours(path: Path, raw: Pixels, code: MaskCode) -> NDArray[np.uint8]:

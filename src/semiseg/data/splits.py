@@ -4,17 +4,13 @@ Nothing is decoded here, except masks where the labelled images are drawn class-
 is empty, also where masks exist, so that no later code can open one.
 """
 
-import csv
-import hashlib
-import io
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -22,17 +18,25 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from semiseg.data.families import LISTS, digest
 from semiseg.data.formats import Colour, MaskCode, read_mask
+from semiseg.data.layouts import (
+    CLASSES,
+    IMAGE_SUFFIXES,
+    POOLS,
+    Format,
+    Found,
+    Pool,
+    bare,
+    default_pool,
+    find,
+    read_text,
+    stem,
+)
 from semiseg.data.rows import Rows
 from semiseg.types import IGNORE, InputError, Options, Side, some
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".npy"})
-"""Files that are looked at, in lower case; others in a data folder are passed over."""
-
 Indices = NDArray[np.intp]
-
-_SPLITS = {name: name for name in ("train", "val", "test", "unlabelled")} | {"unlabeled": "unlabelled"}
-"""Names of splits as users write them, and as we do."""
 
 
 class DataConfig(Options):
@@ -40,13 +44,17 @@ class DataConfig(Options):
 
     root: str
     """Folder (or CSV file): absolute, beside the recipe, or under $SEMISEG_DATA."""
-    format: Literal["folder", "splits", "camvid", "csv"] = "folder"
+    format: Format = "folder"
     """folder: images/** and masks/**, paired by name. splits (camvid is the same): images/train/**, masks/train/**, and
-    val, test, unlabelled alike. csv: `root` is a file with the columns image, mask, split, and paths relative to it."""
+    val, test, unlabelled alike. csv: `root` is a file with the columns image, mask, split, and paths relative to it.
+    voc: Pascal VOC 2012 as it is unpacked, SBD's masks in SegmentationClassAug. cityscapes: leftImg8bit and gtFine."""
+    pool: Pool | None = None
+    """The training images. voc: train (1,464) or train_aug (10,582 with SBD; the default where SBD's masks are there).
+    cityscapes: train (2,975), or train_extra, which adds the 20,000 of that folder to the unlabelled ones."""
     classes: tuple[str, ...] | None = None
-    """Names in the order of the ids; none: classes.json in the data folder."""
+    """Names in the order of the ids; none: classes.json in the data folder, else those of voc and cityscapes."""
     values: dict[int, int] | None = None
-    """Raw mask value -> class id, or 255 to ignore; none: the values are the ids."""
+    """Raw mask value -> class id, or 255 to ignore; none: the values are the ids, but Cityscapes' labelIds its 19."""
     ignore: tuple[int, ...] = ()
     """Raw mask values of pixels that have no label, besides 255."""
     channels: Side = 3
@@ -92,6 +100,9 @@ class DataConfig(Options):
             raise ValueError("data.split and data.folds exclude each other: remove one")
         if self.group and self.split is None and self.folds is None:
             raise ValueError("data.group needs data.split or data.folds: set one of them, or group to false")
+        if self.pool is not None and self.pool not in (POOLS[self.format] if self.format in POOLS else ()):
+            known = "; ".join(f"{' or '.join(pools)} with data.format: {name}" for name, pools in POOLS.items())
+            raise ValueError(f"data.pool is {self.pool}, but it goes with another data.format ({known}): remove it")
         if self.fold >= (self.folds or 1):
             raise ValueError(f"data.fold is {self.fold}: set data.folds above it, or lower it")
         if isinstance(self.labelled, int) and self.labelled < 1:
@@ -136,8 +147,8 @@ def load_data(config: DataConfig, base: Path | None = None) -> Data:
     config = located(config, base)
     root = Path(config.root)
     folder, name = (root.parent, root.stem) if config.format == "csv" else (root, root.name)
-    found = _READERS[config.format](root)
-    classes, palette, code = read_classes(config, folder)
+    found = find(config.format, root, config.pool)
+    classes, palette, code = read_classes(config, folder, found.values)
 
     found, divided = _divide(config, found)
     if not len(found.train):
@@ -170,6 +181,7 @@ def located(config: DataConfig, base: Path | None) -> DataConfig:
     """The same options with absolute paths, so that they mean the same anywhere.
 
     `root` is looked for beside `base` (none: the working directory) and in $SEMISEG_DATA; an id file in the data too.
+    A pool that is left open is named, so that files added later do not change a run.
 
     Raises:
         InputError: a path is nowhere.
@@ -180,7 +192,8 @@ def located(config: DataConfig, base: Path | None) -> DataConfig:
     if isinstance(labelled, str) and labelled != "all" and _share(labelled) is None:
         folder = root.parent if config.format == "csv" else root
         labelled = str(_find(labelled, [places[0], folder, *places[1:]], "data.labelled"))
-    return config.model_copy(update={"root": str(root), "labelled": labelled})
+    pool = config.pool or default_pool(config.format, root)
+    return config.model_copy(update={"root": str(root), "labelled": labelled, "pool": pool})
 
 
 def _shared_data() -> list[Path]:
@@ -196,18 +209,16 @@ def _find(text: str, places: Iterable[Path], option: str) -> Path:
     raise InputError(f"{option} {text} is not there (looked for {' and '.join(candidates)}): correct the path.")
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as UTF-8 text ({error}): name another file or save it anew.") from None
-
-
 # ------------------------------------------------------------------------------------------------------------- classes
 
 
-def read_classes(config: DataConfig, folder: Path) -> tuple[tuple[str, ...], tuple[Colour, ...], MaskCode]:
+def read_classes(
+    config: DataConfig, folder: Path, values: Mapping[int, int] | None = None
+) -> tuple[tuple[str, ...], tuple[Colour, ...], MaskCode]:
     """Names, colours to draw with, and the code of the masks, from `data.classes` or else the folder's classes.json.
+
+    voc and cityscapes need neither. `values`: raw mask values -> class ids of the layout, where it has them and the
+    classes are as many; data.values comes first.
 
     classes.json is {"classes": [names, or {"name": ..., "color": [r, g, b]}], "palette": [[r, g, b], ...],
     "ignore_index": 255, "ignore_colors": [[r, g, b], ...]}, of which only "classes" is needed; further keys are passed
@@ -221,6 +232,9 @@ def read_classes(config: DataConfig, folder: Path) -> tuple[tuple[str, ...], tup
         file, source = _ClassFile(classes=config.classes), "data.classes"
     elif path.is_file():
         file, source = _class_file(path), str(path)
+    elif config.format in CLASSES:
+        known, colours = CLASSES[config.format]
+        file, source = _ClassFile(classes=known, palette=colours), f"data.format {config.format}"
     else:
         raise InputError(f'{path} is missing: write {{"classes": ["background", ...]}} there, or set data.classes.')
     names, colours = file.names(), file.colours()
@@ -234,7 +248,9 @@ def read_classes(config: DataConfig, folder: Path) -> tuple[tuple[str, ...], tup
     ignored = file.ignore_index
     if config.values is None and 0 <= ignored < len(names):
         raise InputError(f"{path} ignores {ignored}, which is also the class {names[ignored]}: set data.values.")
-    code = MaskCode(len(names), colours or None, _values(config, len(names), ignored), file.ignore_colors)
+    if values is not None and len(set(values.values()) - {IGNORE}) != len(names):
+        values = None
+    code = MaskCode(len(names), colours or None, _values(config, len(names), ignored, values), file.ignore_colors)
     return names, colours or default_palette(len(names)), code
 
 
@@ -264,18 +280,21 @@ class _ClassFile(BaseModel):
 
 def _class_file(path: Path) -> _ClassFile:
     try:
-        return _ClassFile.model_validate_json(_text(path))
+        return _ClassFile.model_validate_json(read_text(path))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise InputError(f"{path}: {where}{': ' * bool(where)}{first['msg']}; correct it.") from None
 
 
-def _values(config: DataConfig, classes: int, ignored: int) -> tuple[tuple[int, int], ...] | None:
+def _values(
+    config: DataConfig, classes: int, ignored: int, own: Mapping[int, int] | None
+) -> tuple[tuple[int, int], ...] | None:
     """Raw value -> id pairs, or none where the values are the ids and 255 alone is ignored."""
-    if config.values is None and not config.ignore and ignored == IGNORE:
+    given = own if config.values is None else config.values
+    if given is None and not config.ignore and ignored == IGNORE:
         return None
-    ids = {i: i for i in range(classes)} if config.values is None else config.values
+    ids = {i: i for i in range(classes)} if given is None else dict(given)
     raw = ({ignored} if ignored >= 0 else set()) - ids.keys() | set(config.ignore)  # -1 is no value a file can hold
     return tuple(sorted((ids | dict.fromkeys(raw, IGNORE)).items()))
 
@@ -289,152 +308,10 @@ def default_palette(classes: int) -> tuple[Colour, ...]:
     return tuple((int(r), int(g), int(b)) for r, g, b in colours)
 
 
-# ------------------------------------------------------------------------------------------------------------- reading
-
-
-@dataclass(frozen=True)
-class _Found:
-    """What is on the disk: `train` with and without masks, and the splits that the data itself has."""
-
-    train: Rows
-    extra: Rows
-    """Unlabelled images that are outside the training split."""
-    val: Rows
-    test: Rows
-    own: tuple[str, ...]
-    """The data's own splits, where it has any."""
-    prefix: str
-    """What the training images' paths begin with."""
-    notes: list[str] = field(default_factory=list)
-
-
-def stem(path: str) -> str:
-    """A relative path without its image suffix: what an image and its mask have in common."""
-    head, suffix = os.path.splitext(path)
-    return head if suffix.lower() in IMAGE_SUFFIXES else path
-
-
-def _files(folder: Path) -> dict[str, str]:
-    """Relative paths of the image files below a folder by their stems, sorted; hidden ones are left out."""
-    files: list[tuple[str, str]] = []
-    for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        inside = os.path.relpath(place, folder).replace(os.sep, "/")
-        start = "" if inside == "." else inside + "/"
-        for name in names:
-            head, suffix = os.path.splitext(name)
-            if suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
-                files.append((start + head, start + name))
-    files.sort()
-    by_stem = dict(files)
-    if len(by_stem) < len(files):
-        first, second = next((a, b) for (x, a), (y, b) in pairwise(files) if x == y)
-        raise InputError(f"{folder} has both {first} and {second}, whose masks would be the same: rename one.")
-    return by_stem
-
-
-def _pairs(root: Path, split: str, notes: list[str]) -> Rows:
-    """The images of images/SPLIT, each with the mask of the same stem in masks/SPLIT or none."""
-    places = [f"{kind}/{split}".rstrip("/") for kind in ("images", "masks")]
-    images, masks = (_files(root / place) for place in places)
-    alone = [path for key, path in masks.items() if key not in images]
-    if masks and len(alone) == len(masks):
-        image = next(iter(images.values()), "none")
-        raise InputError(f"{root / places[1]} has no mask named like an image ({alone[0]}, but {image}): rename them.")
-    for key, path in masks.items():
-        if key in images and path.lower().endswith((".jpg", ".jpeg")):
-            raise InputError(f"{root / places[1] / path} is a JPEG, which changes class ids: save masks as PNG.")
-    if alone:
-        notes.append(f"{places[1]} has masks that belong to no image and are left out ({some(alone)}).")
-    column = [f"{places[1]}/{masks[key]}" if key in masks else "" for key in images]
-    return Rows.of(root, [f"{places[0]}/{path}" for path in images.values()], column)
-
-
-def _read_folder(root: Path) -> _Found:
-    _need_folder(root, "name a folder, or set data.format: csv")
-    _need_folder(root / "images", "put the images there, and masks of the same names into masks")
-    if (root / "images/train").is_dir():
-        raise InputError(f"{root / 'images'} is divided into train and other splits: set data.format: splits.")
-    notes: list[str] = []
-    train, none = _pairs(root, "", notes), Rows.of(root, ())
-    return _Found(train, none, none, none, (), "images/", notes)
-
-
-def _read_splits(root: Path) -> _Found:
-    _need_folder(root, "name a folder, or set data.format: csv")
-    _need_folder(root / "images/train", "put training images there, or set data.format: folder if there is no split")
-    notes: list[str] = []
-    folders = sorted(entry.name for entry in os.scandir(root / "images") if entry.is_dir())
-    unknown = [name for name in folders if name not in _SPLITS and not name.startswith(".")]
-    if unknown:
-        notes.append(f"images/{unknown[0]} is not read: the splits are called train, val, test and unlabelled.")
-    none = Rows.of(root, ())
-    parts = {name: _pairs(root, name, notes) if name in folders else none for name in ("train", "val", "test")}
-    val, test = (_masked(parts[name], f"images/{name}", notes) for name in ("val", "test"))
-    alike = [f"images/{name}" for name in folders if name in ("unlabelled", "unlabeled")]
-    extra = Rows.of(root, (f"{place}/{path}" for place in alike for path in _files(root / place).values()))
-    return _Found(parts["train"], extra, val, test, _own(val, test), "images/train/", notes)
-
-
-def _own(val: Rows, test: Rows) -> tuple[str, ...]:
-    return ("train", *(name for name, rows in (("val", val), ("test", test)) if len(rows)))
-
-
-def _masked(rows: Rows, where: str, notes: list[str]) -> Rows:
-    """The rows that have a mask; the others cannot be scored."""
-    without = rows[~rows.masked]
-    if len(without):
-        notes.append(f"{where} has images without a mask, which are left out ({some(without.image)}).")
-    return rows[rows.masked]
-
-
-def _read_csv(path: Path) -> _Found:
-    if not path.is_file():
-        raise InputError(f"data.root: {path} is not a file: name the CSV file where data.format is csv.")
-    images: dict[str, list[str]] = {name: [] for name in ("", *_SPLITS.values())}
-    masks: dict[str, list[str]] = {name: [] for name in images}
-    reader = csv.reader(io.StringIO(_text(path), newline=""))
-    header = [name.strip() for name in next(reader, [])]
-    if "image" not in header or not set(header) <= set(_COLUMNS):
-        raise InputError(f"{path} has the columns {header}: they are image, and as needed mask and split.")
-    for cells in reader:
-        line = dict.fromkeys(_COLUMNS, "") | {name: cell.strip() for name, cell in zip(header, cells, strict=False)}
-        image, mask, split = (line[name] for name in _COLUMNS)
-        split = _SPLITS[split] if split in _SPLITS else split
-        _check_line(f"{path}, line {reader.line_num},", path.parent, image, mask, split)
-        images[split].append(image)
-        masks[split].append(mask)
-    rows = {name: Rows.of(path.parent, images[name], masks[name]) for name in images}
-    val, test = rows["val"], rows["test"]
-    own = _own(val, test) if len(rows["train"]) + len(val) + len(test) else ()
-    return _Found(rows[""] + rows["train"], rows["unlabelled"].without_masks(), val, test, own, "")
-
-
-_COLUMNS = ("image", "mask", "split")
-_READERS = {"folder": _read_folder, "splits": _read_splits, "camvid": _read_splits, "csv": _read_csv}
-
-
-def _check_line(where: str, folder: Path, image: str, mask: str, split: str) -> None:
-    if not image:
-        raise InputError(f"{where} names no image: fill the column image or remove the line.")
-    if split and split not in _SPLITS:
-        raise InputError(f"{where} has the split {split}: write train, val, test or unlabelled, or leave it empty.")
-    if split in ("val", "test") and not mask:
-        raise InputError(f"{where} puts an image without a mask into {split}: name its mask or remove the line.")
-    for name in filter(None, (image, mask)):
-        if not os.path.isfile(os.path.join(folder, name)):
-            raise InputError(f"{where} names {name}, which is not in {folder}: correct the path.")
-
-
-def _need_folder(path: Path, advice: str) -> None:
-    if not path.is_dir():
-        raise InputError(f"{path} is not a folder: {advice}.")
-
-
 # ------------------------------------------------------------------------------------------------------------ dividing
 
 
-def _divide(config: DataConfig, found: _Found) -> tuple[_Found, str]:
+def _divide(config: DataConfig, found: Found) -> tuple[Found, str]:
     """The same with images held out as the options ask, and how in words."""
     option = "split" if config.split is not None else "folds" if config.folds is not None else None
     if found.own and option:
@@ -449,7 +326,7 @@ def _divide(config: DataConfig, found: _Found) -> tuple[_Found, str]:
     return found, f"official {'/'.join(found.own)}" if found.own else "undivided"
 
 
-def _draw_division(config: DataConfig, found: _Found) -> tuple[_Found, str]:
+def _draw_division(config: DataConfig, found: Found) -> tuple[Found, str]:
     rows = found.train
     names = [stem(path) for path in rows.image.tolist()]
     groups = np.array(prefixes(names) if config.group else names, dtype=np.dtypes.StringDType())
@@ -528,7 +405,7 @@ def looks_like_sequences(names: Sequence[str], folds: int) -> bool:
 # ------------------------------------------------------------------------------------------------------------- drawing
 
 
-def _choose(config: DataConfig, found: _Found, masked: Indices, code: MaskCode) -> tuple[Indices, str]:
+def _choose(config: DataConfig, found: Found, masked: Indices, code: MaskCode) -> tuple[Indices, str]:
     """The labelled rows among the `masked` training rows, in the pool's order, and how they came about in words."""
     wanted, have = config.labelled, len(masked)
     if wanted is None or wanted == "all":
@@ -536,7 +413,7 @@ def _choose(config: DataConfig, found: _Found, masked: Indices, code: MaskCode) 
     if isinstance(wanted, str):
         share = _share(wanted)
         if share is None:
-            return _listed(Path(wanted), found, masked)
+            return _listed(config, found, masked)
         wanted = max(1, int(share * have + Fraction(1, 2)))
     if wanted > have:
         raise InputError(f"data.labelled asks for {wanted} images, but {have} training images have a mask: lower it.")
@@ -557,9 +434,10 @@ def _share(text: str) -> Fraction | None:
     return Fraction(above.strip()) / int(below or 1)
 
 
-def _listed(path: Path, found: _Found, masked: Indices) -> tuple[Indices, str]:
+def _listed(config: DataConfig, found: Found, masked: Indices) -> tuple[Indices, str]:
     """The rows that an id file names: one id, image path, or image and mask path a line."""
-    lines = [line.strip() for line in _text(path).splitlines() if line.strip()]
+    path = Path(str(config.labelled))
+    lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     if not lines:
         raise InputError(f"{path} names no image: write one id a line, or set data.labelled to a count or a share.")
     names = [stem(name) for name in found.train[masked].image.tolist()]
@@ -567,23 +445,30 @@ def _listed(path: Path, found: _Found, masked: Indices) -> tuple[Indices, str]:
     positions = [_look_up(line, by_name) for line in lines]
     missing = [line for line, position in zip(lines, positions, strict=True) if position is None]
     if missing:
-        raise InputError(f"{path} names images that are no training images with a mask ({some(missing)}): remove them.")
+        more = ", or set data.pool: train_aug" * (config.format == "voc" and config.pool == "train")
+        raise InputError(
+            f"{path}: {len(missing)} of its {len(lines)} lines name{'s' * (len(missing) == 1)} no training image with "
+            f"a mask ({some(missing)}): remove them{more}."
+        )
     if _AMBIGUOUS in positions:
         line = lines[positions.index(_AMBIGUOUS)]
         raise InputError(f"{path} names {line}, as several training images are called: write their paths.")
     chosen = np.unique(np.array(positions, dtype=np.intp))
-    digest = hashlib.sha256("\n".join(names[position] for position in chosen).encode()).hexdigest()[:8]
-    return masked[chosen], f"{len(chosen)} of {len(masked)} labelled listed in {path.name} (sha256 {digest})"
+    ids = [bare(name) for name in names]
+    ids = ids if len(set(ids)) == len(ids) else names
+    key = digest(ids[position] for position in chosen)
+    source = f", {LISTS[key]}" if key in LISTS else f" listed in {path.name}"
+    return masked[chosen], f"{len(chosen)} of {len(masked)} labelled{source} (sha256 {key})"
 
 
 _AMBIGUOUS = -1
 
 
 def _by_name(names: Sequence[str], prefix: str) -> dict[str, int]:
-    """Positions by last name, by path below `prefix` and by whole path, where later ones win."""
+    """Positions by id, by path below `prefix` and by whole path, where later ones win."""
     last: dict[str, int] = {}
     for position, name in enumerate(names):
-        key = name.rpartition("/")[2]
+        key = bare(name)
         last[key] = _AMBIGUOUS if key in last else position
     below = {name.removeprefix(prefix): position for position, name in enumerate(names)}
     return last | below | {name: position for position, name in enumerate(names)}
@@ -592,7 +477,7 @@ def _by_name(names: Sequence[str], prefix: str) -> dict[str, int]:
 def _look_up(line: str, by_name: dict[str, int]) -> int | None:
     """The position that a line of an id file means: the whole line, as names may hold spaces, or its first word."""
     first = stem(line.split(maxsplit=1)[0])
-    keys = (stem(line), first, first.rpartition("/")[2])
+    keys = (stem(line), first, bare(first))
     return next((by_name[key] for key in keys if key in by_name), None)
 
 
@@ -616,7 +501,7 @@ def _rare_first(order: Indices, present: NDArray[np.bool_]) -> Indices:
     return np.concatenate([np.array(front, dtype=np.intp), order[~np.isin(order, front)]])
 
 
-def _unlabelled(config: DataConfig, found: _Found, chosen: Indices) -> Rows:
+def _unlabelled(config: DataConfig, found: Found, chosen: Indices) -> Rows:
     """The rows of the unlabelled pool, their masks out of reach."""
     if config.unlabelled == "none":
         return found.extra[:0]
@@ -626,3 +511,19 @@ def _unlabelled(config: DataConfig, found: _Found, chosen: Indices) -> Rows:
         found.notes.append("Every training image is labelled, so that all of them are the unlabelled images too.")
     train = found.train if config.unlabelled == "all" or nothing_left else found.train[rest]
     return (train + found.extra).without_masks()
+
+
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "Data",
+    "DataConfig",
+    "Indices",
+    "assign",
+    "default_palette",
+    "load_data",
+    "located",
+    "looks_like_sequences",
+    "prefixes",
+    "read_classes",
+    "stem",
+]

@@ -1,0 +1,369 @@
+"""What lies on the disk in each layout that `data.format` names, and what the layouts with a name of their own mean.
+
+Sources: Pascal VOC 2012 (Everingham et al., IJCV 2015), SBD (Hariharan et al., ICCV 2011), Cityscapes (Cordts et al.,
+CVPR 2016).
+"""
+
+import csv
+import io
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+from semiseg.data.formats import Colour
+from semiseg.data.rows import Rows
+from semiseg.types import IGNORE, InputError, some
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".npy"})
+"""Files that are looked at, in lower case; others in a data folder are passed over."""
+
+_SPLITS = {name: name for name in ("train", "val", "test", "unlabelled")} | {"unlabeled": "unlabelled"}
+"""Names of splits as users write them, and as we do."""
+
+Format = Literal["folder", "splits", "camvid", "csv", "voc", "cityscapes"]
+Pool = Literal["train", "train_aug", "train_extra"]
+POOLS: Mapping[str, tuple[Pool, ...]] = {"voc": ("train", "train_aug"), "cityscapes": ("train", "train_extra")}
+"""The formats that have several sets of training images."""
+
+_VOC = (
+    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
+    "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)  # fmt: skip
+_CITYSCAPES: tuple[tuple[str, int, Colour], ...] = (
+    ("road", 7, (128, 64, 128)),
+    ("sidewalk", 8, (244, 35, 232)),
+    ("building", 11, (70, 70, 70)),
+    ("wall", 12, (102, 102, 156)),
+    ("fence", 13, (190, 153, 153)),
+    ("pole", 17, (153, 153, 153)),
+    ("traffic light", 19, (250, 170, 30)),
+    ("traffic sign", 20, (220, 220, 0)),
+    ("vegetation", 21, (107, 142, 35)),
+    ("terrain", 22, (152, 251, 152)),
+    ("sky", 23, (70, 130, 180)),
+    ("person", 24, (220, 20, 60)),
+    ("rider", 25, (255, 0, 0)),
+    ("car", 26, (0, 0, 142)),
+    ("truck", 27, (0, 0, 70)),
+    ("bus", 28, (0, 60, 100)),
+    ("train", 31, (0, 80, 100)),
+    ("motorcycle", 32, (0, 0, 230)),
+    ("bicycle", 33, (119, 11, 32)),
+)
+"""Name, id in *_labelIds.png and colour of the 19 classes that are scored; the place in this list is the train id."""
+
+CLASSES: Mapping[str, tuple[tuple[str, ...], tuple[Colour, ...]]] = {
+    "voc": (_VOC, ()),
+    "cityscapes": (tuple(name for name, _, _ in _CITYSCAPES), tuple(colour for _, _, colour in _CITYSCAPES)),
+}
+"""Names and colours (none: the default palette, which is VOC's) of the formats that need no class file."""
+
+CITYSCAPES_IDS = {raw: label for label, (_, raw, _) in enumerate(_CITYSCAPES)}
+"""Id in *_labelIds.png -> train id."""
+
+
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read as UTF-8 text ({error}): name another file or save it anew.") from None
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is on the disk: `train` with and without masks, and the splits that the data itself has."""
+
+    train: Rows
+    extra: Rows
+    """Unlabelled images that are outside the training split."""
+    val: Rows
+    test: Rows
+    own: tuple[str, ...]
+    """The data's own splits, where it has any."""
+    prefix: str
+    """What the training images' paths begin with."""
+    notes: list[str] = field(default_factory=list)
+    values: Mapping[int, int] | None = None
+    """Raw mask value -> class id, where the layout itself has raw values."""
+
+
+def find(layout: Format, root: Path, pool: Pool | None) -> Found:
+    """What lies below `root`. `pool` names the training images of a format that has several sets of them.
+
+    Raises:
+        InputError: the layout is another one, or files are missing.
+    """
+    if layout == "voc":
+        return _read_voc(root, pool == "train_aug")
+    if layout == "cityscapes":
+        return _read_cityscapes(root, pool == "train_extra")
+    readers = {"folder": _read_folder, "splits": _read_splits, "camvid": _read_splits, "csv": _read_csv}
+    return readers[layout](root)
+
+
+def default_pool(layout: Format, root: Path) -> Pool | None:
+    """The training images where data.pool names none: of voc train_aug where SBD's masks are there, else train."""
+    if layout == "voc" and (_voc_folder(root) / _AUGMENTED).is_dir():
+        return "train_aug"
+    return "train" if layout in POOLS else None
+
+
+def stem(path: str) -> str:
+    """A relative path without its image suffix: what an image and its mask have in common."""
+    head, suffix = os.path.splitext(path)
+    return head if suffix.lower() in IMAGE_SUFFIXES else path
+
+
+def bare(path: str) -> str:
+    """The id of an image as published lists write it: the last part of its path, without what each file's name has."""
+    return stem(path.rpartition("/")[2]).removesuffix(_IMAGE)
+
+
+def _files(folder: Path) -> dict[str, str]:
+    """Relative paths of the image files below a folder by their stems, sorted; hidden ones are left out."""
+    files: list[tuple[str, str]] = []
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        inside = os.path.relpath(place, folder).replace(os.sep, "/")
+        start = "" if inside == "." else inside + "/"
+        for name in names:
+            head, suffix = os.path.splitext(name)
+            if suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
+                files.append((start + head, start + name))
+    files.sort()
+    by_stem = dict(files)
+    if len(by_stem) < len(files):
+        first, second = next((a, b) for (x, a), (y, b) in pairwise(files) if x == y)
+        raise InputError(f"{folder} has both {first} and {second}, whose masks would be the same: rename one.")
+    return by_stem
+
+
+def _pairs(root: Path, split: str, notes: list[str]) -> Rows:
+    """The images of images/SPLIT, each with the mask of the same stem in masks/SPLIT or none."""
+    places = [f"{kind}/{split}".rstrip("/") for kind in ("images", "masks")]
+    images, masks = (_files(root / place) for place in places)
+    alone = [path for key, path in masks.items() if key not in images]
+    if masks and len(alone) == len(masks):
+        image = next(iter(images.values()), "none")
+        raise InputError(f"{root / places[1]} has no mask named like an image ({alone[0]}, but {image}): rename them.")
+    for key, path in masks.items():
+        if key in images and path.lower().endswith((".jpg", ".jpeg")):
+            raise InputError(f"{root / places[1] / path} is a JPEG, which changes class ids: save masks as PNG.")
+    if alone:
+        notes.append(f"{places[1]} has masks that belong to no image and are left out ({some(alone)}).")
+    column = [f"{places[1]}/{masks[key]}" if key in masks else "" for key in images]
+    return Rows.of(root, [f"{places[0]}/{path}" for path in images.values()], column)
+
+
+def _read_folder(root: Path) -> Found:
+    _need_folder(root, "name a folder, or set data.format: csv")
+    _need_no_other(root)
+    _need_folder(root / "images", "put the images there, and masks of the same names into masks")
+    if (root / "images/train").is_dir():
+        raise InputError(f"{root / 'images'} is divided into train and other splits: set data.format: splits.")
+    notes: list[str] = []
+    train, none = _pairs(root, "", notes), Rows.of(root, ())
+    return Found(train, none, none, none, (), "images/", notes)
+
+
+def _read_splits(root: Path) -> Found:
+    _need_folder(root, "name a folder, or set data.format: csv")
+    _need_no_other(root)
+    _need_folder(root / "images/train", "put training images there, or set data.format: folder if there is no split")
+    notes: list[str] = []
+    folders = sorted(entry.name for entry in os.scandir(root / "images") if entry.is_dir())
+    unknown = [name for name in folders if name not in _SPLITS and not name.startswith(".")]
+    if unknown:
+        notes.append(f"images/{unknown[0]} is not read: the splits are called train, val, test and unlabelled.")
+    none = Rows.of(root, ())
+    parts = {name: _pairs(root, name, notes) if name in folders else none for name in ("train", "val", "test")}
+    val, test = (_masked(parts[name], f"images/{name}", notes) for name in ("val", "test"))
+    alike = [f"images/{name}" for name in folders if name in ("unlabelled", "unlabeled")]
+    extra = Rows.of(root, (f"{place}/{path}" for place in alike for path in _files(root / place).values()))
+    return Found(parts["train"], extra, val, test, _own(val, test), "images/train/", notes)
+
+
+def _own(val: Rows, test: Rows) -> tuple[str, ...]:
+    return ("train", *(name for name, rows in (("val", val), ("test", test)) if len(rows)))
+
+
+def _masked(rows: Rows, where: str, notes: list[str]) -> Rows:
+    """The rows that have a mask; the others cannot be scored."""
+    without = rows[~rows.masked]
+    if len(without):
+        notes.append(f"{where} has images without a mask, which are left out ({some(without.image)}).")
+    return rows[rows.masked]
+
+
+def _read_csv(path: Path) -> Found:
+    if not path.is_file():
+        raise InputError(f"data.root: {path} is not a file: name the CSV file where data.format is csv.")
+    images: dict[str, list[str]] = {name: [] for name in ("", *_SPLITS.values())}
+    masks: dict[str, list[str]] = {name: [] for name in images}
+    reader = csv.reader(io.StringIO(read_text(path), newline=""))
+    header = [name.strip() for name in next(reader, [])]
+    if "image" not in header or not set(header) <= set(_COLUMNS):
+        raise InputError(f"{path} has the columns {header}: they are image, and as needed mask and split.")
+    for cells in reader:
+        line = dict.fromkeys(_COLUMNS, "") | {name: cell.strip() for name, cell in zip(header, cells, strict=False)}
+        image, mask, split = (line[name] for name in _COLUMNS)
+        split = _SPLITS[split] if split in _SPLITS else split
+        _check_line(f"{path}, line {reader.line_num},", path.parent, image, mask, split)
+        images[split].append(image)
+        masks[split].append(mask)
+    rows = {name: Rows.of(path.parent, images[name], masks[name]) for name in images}
+    val, test = rows["val"], rows["test"]
+    own = _own(val, test) if len(rows["train"]) + len(val) + len(test) else ()
+    return Found(rows[""] + rows["train"], rows["unlabelled"].without_masks(), val, test, own, "")
+
+
+_COLUMNS = ("image", "mask", "split")
+
+
+def _check_line(where: str, folder: Path, image: str, mask: str, split: str) -> None:
+    if not image:
+        raise InputError(f"{where} names no image: fill the column image or remove the line.")
+    if split and split not in _SPLITS:
+        raise InputError(f"{where} has the split {split}: write train, val, test or unlabelled, or leave it empty.")
+    if split in ("val", "test") and not mask:
+        raise InputError(f"{where} puts an image without a mask into {split}: name its mask or remove the line.")
+    for name in filter(None, (image, mask)):
+        if not os.path.isfile(os.path.join(folder, name)):
+            raise InputError(f"{where} names {name}, which is not in {folder}: correct the path.")
+
+
+def _need_folder(path: Path, advice: str) -> None:
+    if not path.is_dir():
+        raise InputError(f"{path} is not a folder: {advice}.")
+
+
+def _need_no_other(root: Path) -> None:
+    for folder, layout in (("JPEGImages", "voc"), ("leftImg8bit", "cityscapes")):
+        if (root / folder).is_dir() and not (root / "images").exists():
+            raise InputError(f"{root} has {folder}, but no folder images: set data.format: {layout}.")
+
+
+# ---------------------------------------------------------------------------------------------------------- Pascal VOC
+
+_OFFICIAL, _AUGMENTED, _LISTS = "SegmentationClass", "SegmentationClassAug", "ImageSets/Segmentation"
+
+
+def _voc_folder(root: Path) -> Path:
+    """The folder VOC2012, which users name themselves or by what they unpacked it into."""
+    for folder in (root, root / "VOC2012", root / "VOCdevkit/VOC2012"):
+        if (folder / "JPEGImages").is_dir():
+            return folder
+    raise InputError(f"{root} has no folder JPEGImages: let data.root name the folder VOC2012 of Pascal VOC 2012.")
+
+
+def _read_voc(root: Path, sbd: bool) -> Found:
+    folder, notes = _voc_folder(root), list[str]()
+    lists, images = folder / _LISTS, _files(folder / "JPEGImages")
+    official, augmented = (
+        {key: f"{kind}/{path}" for key, path in _files(folder / kind).items()} for kind in (_OFFICIAL, _AUGMENTED)
+    )
+
+    def rows(ids: list[str], source: Path, masks: Mapping[str, str]) -> Rows:
+        absent = [name for name in ids if name not in images]
+        if absent:
+            raise InputError(
+                f"{folder / 'JPEGImages'} lacks {len(absent)} of the {len(ids)} images that {source} names "
+                f"({some(absent)}): put them there, or remove them from the list."
+            )
+        column = (masks[name] if name in masks else "" for name in ids)
+        return Rows.of(folder, (f"JPEGImages/{images[name]}" for name in ids), column)
+
+    held = _ids(lists / "val.txt")
+    if sbd:
+        if not augmented:
+            raise InputError(
+                f"data.pool is train_aug, but {folder / _AUGMENTED} has no mask: put SBD's augmented masks there "
+                "(a PNG of class ids for each image), or set data.pool: train."
+            )
+        masks = official | augmented
+        known = [lists / name for name in ("train_aug.txt", "trainaug.txt") if (lists / name).is_file()]
+        source = known[0] if known else folder / _AUGMENTED
+        ids = _ids(source) if known else sorted(masks.keys() - set(held))
+        if not known:
+            notes.append(
+                f"There is no {_LISTS}/train_aug.txt: the training images are the {len(ids)} that have a mask "
+                "and are not in val.txt."
+            )
+    else:
+        source, masks = lists / "train.txt", augmented | official
+        ids = _ids(source)
+        if not augmented:
+            notes.append(
+                f"The training images are the {len(ids)} of train.txt: SBD's masks, of which {_AUGMENTED} has none, "
+                "would make them 10582 (data.pool: train_aug)."
+            )
+    both = sorted(set(ids) & set(held))
+    if both:
+        raise InputError(f"{source} names {len(both)} images of val.txt ({some(both)}): remove them there.")
+    train = rows(ids, source, masks)
+    _need_masks(train, f"{folder / (_AUGMENTED if sbd else _OFFICIAL)}", "ID.png", notes)
+    val = _masked(rows(held, lists / "val.txt", augmented | official), "val.txt", notes)
+    own = ("train_aug" if sbd else "train", *_own(val, val[:0])[1:])
+    return Found(train, val[:0], val, val[:0], own, "JPEGImages/", notes)
+
+
+def _ids(path: Path) -> list[str]:
+    """The ids of a list in order; a line may also be an image's path, and its mask's after that."""
+    if not path.is_file():
+        raise InputError(f"{path} is not there: put the lists of Pascal VOC 2012 into that folder.")
+    return sorted({bare(line.split()[0]) for line in read_text(path).splitlines() if line.strip()})
+
+
+def _need_masks(train: Rows, where: str, name: str, notes: list[str]) -> None:
+    without = train[~train.masked]
+    if len(without) == len(train):
+        raise InputError(f"{where} has no mask {name} of a training image: put the masks there.")
+    if len(without):
+        notes.append(f"{len(without)} training images have no mask and are unlabelled ({some(without.image)}).")
+
+
+# ---------------------------------------------------------------------------------------------------------- Cityscapes
+
+_IMAGE = "_leftImg8bit"
+
+
+def _read_cityscapes(root: Path, further: bool) -> Found:
+    images = root / "leftImg8bit"
+    _need_folder(images / "train", "let data.root name the folder with leftImg8bit and gtFine of Cityscapes")
+    notes: list[str] = []
+    fine = {split: _files(root / "gtFine" / split) for split in ("train", "val")}
+    ends = ("_gtFine_labelIds", "_gtFine_labelTrainIds")
+    # Both may be there: the ids are as they were downloaded, what was made from them may be incomplete.
+    end = max(ends, key=lambda end: sum(name.endswith(end) for files in fine.values() for name in files))
+
+    def rows(split: str) -> Rows:
+        names = {key.removesuffix(_IMAGE): path for key, path in _files(images / split).items() if key.endswith(_IMAGE)}
+        files = fine[split] if split in fine else {}
+        column = (f"gtFine/{split}/{files[name + end]}" if name + end in files else "" for name in names)
+        return Rows.of(root, (f"leftImg8bit/{split}/{path}" for path in names.values()), column)
+
+    train = rows("train")
+    if not len(train):
+        raise InputError(f"{images / 'train'} has no image CITY/*{_IMAGE}.png: put Cityscapes' images there.")
+    _need_masks(train, f"{root / 'gtFine/train'}", "CITY/*_gtFine_labelIds.png", notes)
+    val, extra = _masked(rows("val"), "leftImg8bit/val", notes), train[:0]
+    if further:
+        extra = rows("train_extra")
+        if not len(extra):
+            raise InputError(
+                f"data.pool is train_extra, but {images / 'train_extra'} has no image: put Cityscapes' further ones "
+                "there, or set data.pool: train."
+            )
+    elif (images / "train_extra").is_dir():
+        notes.append("leftImg8bit/train_extra is not used: data.pool: train_extra makes its images unlabelled ones.")
+    own = ("train+train_extra" if len(extra) else "train", *_own(val, val[:0])[1:])
+    values = dict.fromkeys(range(34), IGNORE) | CITYSCAPES_IDS if end == ends[0] else None
+    return Found(train, extra, val, val[:0], own, "leftImg8bit/train/", notes, values)
