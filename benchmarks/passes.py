@@ -1,6 +1,6 @@
 """A method with a batch in hand: its whole step, and the least passes that the step cannot do without."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,29 +13,72 @@ from semiseg.data.formats import MaskCode
 from semiseg.data.rows import Rows
 from semiseg.data.sampling import Stream
 from semiseg.data.splits import Data, default_palette
-from semiseg.methods import FixMatch, StepMethod, Supervised
+from semiseg.methods import AdvSemiSeg, FixMatch, StepMethod, Supervised
 from semiseg.ops.colour import to_float
 from semiseg.types import VIEW, Clock, InputError, Labelled, Unlabelled
 
 CLASSES = 11
 """Where the recipe lists none: those of CamVid."""
 Batches = dict[str, Labelled | Unlabelled]
-Passes = tuple[nn.Module, list[Tensor], nn.Module | None, Tensor | None]
+Passes = Callable[[], None]
 
 
-def least_supervised(method: Supervised, labelled: Labelled) -> Passes:
+def _there_and_back(net: nn.Module, inputs: Sequence[Tensor], of_inputs: bool = False) -> Passes:
+    """Forwards of the inputs, then one backward from given gradients, to the weights or to the inputs."""
+    gradients: list[Tensor] = []
+
+    def passes() -> None:
+        outputs = [net(x) for x in inputs]
+        if not gradients:
+            gradients.extend(torch.randn_like(output) * 1e-6 for output in outputs)
+        torch.autograd.backward(outputs, gradients, inputs=list(inputs) if of_inputs else None)
+        net.zero_grad(set_to_none=True)
+        for x in inputs:
+            x.grad = None
+
+    return passes
+
+
+def least_supervised(method: Supervised, labelled: Labelled) -> list[Passes]:
     """Student forward and backward on B."""
-    return method.student, [labelled.image], None, None
+    return [_there_and_back(method.student, [labelled.image])]
 
 
-def least_fixmatch(method: FixMatch, labelled: Labelled, unlabelled: Unlabelled) -> Passes:
+def least_fixmatch(method: FixMatch, labelled: Labelled, unlabelled: Unlabelled) -> list[Passes]:
     """Student forward and backward on 2B, in the forwards that the method uses; teacher's forward on B."""
     weak, strong = labelled.image, to_float(unlabelled.image)
     images = [torch.cat([to_float(weak), strong])] if method.config.forward == "joint" else [weak, strong]
-    return method.student, images, method.teacher, unlabelled.image
+    teacher = torch.no_grad()(lambda: method.teacher(unlabelled.image))
+    return [teacher, _there_and_back(method.student, images)]
 
 
-LEAST: dict[str, Callable[..., Passes]] = {"supervised": least_supervised, "fixmatch": least_fixmatch}
+def least_advsemiseg(
+    method: AdvSemiSeg, labelled: Labelled, real: Labelled, unlabelled: Unlabelled | None = None
+) -> list[Passes]:
+    """Student forward and backward on 2B; critic forward and backward to its input on 2B, to its weights on 2B.
+
+    With `critic_unlabelled` the latter on 3B; without unlabelled images B, B and 2B.
+    """
+    images = [labelled.image] if unlabelled is None else [labelled.image, unlabelled.image]
+    more = 1 if unlabelled is None or not method.config.critic_unlabelled else 2
+    batch, classes, size = len(labelled.image), method.build.classes, labelled.image.shape[2:]
+
+    def maps(count: int) -> Tensor:
+        return torch.rand(count * batch, classes, *size, device=labelled.image.device)
+
+    deceived = [maps(1).requires_grad_() for _ in images]
+    return [
+        _there_and_back(method.student, images),
+        _there_and_back(method.critic, deceived, of_inputs=True),
+        _there_and_back(method.critic, [maps(more + 1)]),
+    ]
+
+
+LEAST: dict[str, Callable[..., list[Passes]]] = {
+    "supervised": least_supervised,
+    "fixmatch": least_fixmatch,
+    "advsemiseg": least_advsemiseg,
+}
 
 
 @dataclass(frozen=True)
@@ -56,22 +99,17 @@ class Bench:
         total = self.recipe.train.steps
         self.method.step(Clock(total // 2, total), **{name: b.to(self.device) for name, b in self.batches.items()})
 
-    def least(self) -> Callable[[], None]:
+    def least(self) -> Passes:
         """The passes alone; their inputs are on the device before."""
         name = self.recipe.method.name
         if name not in LEAST:
             raise InputError(f"the least passes of {name} are not written down: add them to LEAST in {__file__}.")
         on_device = {name: b.to(self.device) for name, b in self.batches.items()}
-        student, images, teacher, weak = LEAST[name](self.method, **on_device)
-        classes = self.method.build.classes
-        gradients = [torch.randn(len(i), classes, *i.shape[2:], device=self.device) * 1e-6 for i in images]
+        parts = LEAST[name](self.method, **on_device)
 
         def passes() -> None:
-            if teacher is not None:
-                with torch.no_grad():
-                    teacher(weak)
-            torch.autograd.backward([student(image) for image in images], gradients)
-            student.zero_grad(set_to_none=True)
+            for part in parts:
+                part()
 
         return passes
 

@@ -55,6 +55,9 @@ PARTS = {
     "cutmix_box": "targets and loss",
     "mix": "targets and loss",
     "masked_cross_entropy": "targets and loss",
+    "binary_cross_entropy": "targets and loss",
+    "cross_entropy": "targets and loss",
+    "one_hot": "targets and loss",
     "ema_update": "teacher's update",
 }
 """What the functions that a method's file imports belong to."""
@@ -80,7 +83,12 @@ def breakdown(bench: Bench, rounds: int) -> dict[str, float]:
     places: list[tuple[Any, str, str]] = [(module, name, part) for name, part in PARTS.items() if hasattr(module, name)]
     places += [(torch.Tensor, "backward", "backward")]
     places += [(o, name, "optimiser") for o in method.optimizers.values() for name in ("step", "zero_grad")]
-    inside = {"student": "forward", "teacher": "teacher's forward", "loss": "targets and loss"}
+    inside = {
+        "student": "forward",
+        "teacher": "teacher's forward",
+        "critic": "critic's forward",
+        "loss": "targets and loss",
+    }
     places += [(child, "forward", inside[name]) for name, child in method.named_children() if name in inside]
     found = []
     with ExitStack() as stack:

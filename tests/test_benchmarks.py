@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,9 @@ from semiseg.types import InputError
 BENCHMARKS = str(Path(__file__).parents[1] / "benchmarks")
 if BENCHMARKS not in sys.path:  # as Python does for a script
     sys.path.insert(0, BENCHMARKS)
-common, passes, step, data, ledger, summary, accuracy, mechanism = map(
-    import_module, ("common", "passes", "step", "data", "ledger", "summary", "accuracy", "mechanism")
+common, passes, step, data, ledger, summary, accuracy, mechanism, critic, processes = map(
+    import_module,
+    ("common", "passes", "step", "data", "ledger", "summary", "accuracy", "mechanism", "critic", "processes"),
 )
 
 Write = Callable[..., Path]
@@ -141,6 +142,19 @@ def test_least_passes_are_forwards_and_backward_only(recipe: Write, forward: str
     assert len(reached) >= len(before)
     assert all(torch.equal(a, b) for a, b in zip(before, bench.method.student.parameters(), strict=True))
     assert all(w.grad is None for w in bench.method.student.parameters())
+
+
+@pytest.mark.parametrize(("unlabelled", "critic", "sizes"), [("rest", False, [2, 2, 4]), ("none", False, [2, 4]),
+                                                             ("rest", True, [2, 2, 6])])  # fmt: skip
+def test_least_passes_of_a_method_with_a_critic(recipe: Write, unlabelled: str, critic: bool, sizes: list[int]) -> None:
+    path = recipe(method__name="advsemiseg", method__critic_unlabelled=critic, data__unlabelled=unlabelled)
+    bench = passes.prepare(load_recipe(path), torch.device("cpu"), path.parent)
+    seen: list[int] = []
+    bench.method.critic.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    bench.least()()
+    assert seen == sizes
+    assert all(w.grad is None for w in bench.method.parameters())
+    bench.whole()
 
 
 def test_breakdown_leaves_nothing_changed(recipe: Write) -> None:
@@ -385,3 +399,58 @@ def test_mechanism_from_training_to_files(recipe: Write, tmp_path: Path, capsys:
 def test_mechanism_needs_a_threshold(recipe: Write, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="supervised has no threshold"):
         mechanism.run(recipe(method="supervised"), 0, [1.0], None, tmp_path)
+
+
+# ---- critic.py
+
+
+def judged(wrong: Mapping[int, int], right: Mapping[int, int]) -> Any:
+    counts = np.zeros((2, critic.BINS), dtype=np.int64)
+    for row, bins in enumerate((wrong, right)):
+        for place, count in bins.items():
+            counts[row, place] = count
+    return critic.Judged(counts)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right", "auroc"),
+    [({100: 3}, {900: 5}, 1.0), ({900: 3}, {100: 5}, 0.0), ({500: 3}, {500: 5}, 0.5), ({1: 1, 3: 1}, {2: 1}, 0.5),
+     ({1: 2, 3: 1}, {2: 3}, 2 / 3)],
+)  # fmt: skip
+def test_auroc(wrong: Mapping[int, int], right: Mapping[int, int], auroc: float) -> None:
+    assert judged(wrong, right).auroc() == pytest.approx(auroc)
+
+
+def test_pixels_from_a_threshold_on_are_selected() -> None:
+    found = judged({100: 3, 200: 1}, {199: 1, 200: 3}).at(0.2)
+    assert found == {"selected": 0.5, "selected_right": 0.75, "rejected_right": 0.25}
+    assert np.isnan(judged({}, {500: 1}).at(0.2)["rejected_right"])
+
+
+def test_critic_measures_a_run(recipe: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, out = recipe(method="advsemiseg"), tmp_path / "critic.json"
+    arguments = [str(path), "--out", str(out), "--runs", str(tmp_path / "runs"), "--only", "as it is", "T_semi 1"]
+    critic.main([*arguments, "--json"])
+    one, other = printed(capsys)["variants"]
+    assert one["own"]["selected"] == one["at"]["0.2"]["selected"]
+    assert other["threshold"] == 1
+    assert 0 <= one["auroc"] <= 1
+    assert 0 <= one["miou"] <= 1
+    assert one["images"] == 2
+    assert out.with_suffix(".png").stat().st_size > 1000
+    assert json.loads(out.read_text())["variants"][0]["auroc"] == one["auroc"]
+    critic.main(arguments)
+    assert "| as it is" in capsys.readouterr().out
+    with pytest.raises(InputError, match="--only nothing is unknown"):
+        critic.main([*arguments[:-2], "nothing"])
+
+
+# ---- processes.py
+
+
+def test_processes_are_measured(recipe: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    processes.main([str(recipe(train__batch=4)), "--steps", "15", "--json"])
+    found = printed(capsys)
+    assert found["ratio"] == pytest.approx(found["images_per_second"]["2"] / found["images_per_second"]["1"])
+    with pytest.raises(InputError, match="--steps 14 leaves nothing"):
+        processes.main(["--steps", "14"])
