@@ -3,6 +3,7 @@
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,6 +24,11 @@ MOVES: Mapping[str, Mapping[str, Sequence[Move]]] = {
         "real_smoothing": (Move(0.1),),
     }
 }
+SELECTING: Mapping[str, tuple[Mapping[str, Any], Sequence[str]]] = {
+    "fixmatch": ({"threshold": 0.4147}, ["confident"]),
+    "advsemiseg": ({"threshold": 0.499318, "semi_start": 0.0}, ["selected"]),
+}
+"""Options by which some pixels are selected from the first step on, and the scalar that tells their share."""
 IDLE: Mapping[str, Mapping[str, str]] = {}
 WITHOUT_UNLABELLED = {"supervised"}
 
@@ -45,12 +51,17 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         testing.check_gradients,
         testing.check_ignored,
         testing.check_masks,
-        testing.check_processes,
     ],
     ids=lambda check: check.__name__,
 )
 def test_contract(method: str, check: Callable[[Case], None], tmp_path: Path) -> None:
     check(Case(method, tmp_path))
+
+
+@every_method
+def test_two_processes_end_like_one(method: str, tmp_path: Path) -> None:
+    options, shares = SELECTING[method] if method in SELECTING else ({}, ())
+    testing.check_processes(Case(method, tmp_path, options), shares)
 
 
 @every_method

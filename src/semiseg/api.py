@@ -140,6 +140,11 @@ def _recipe(
     stored = out / "recipe.yaml"
     if stored.exists():
         return load_recipe(stored, overrides), out
+    if parallel.world() > 1:
+        raise InputError(
+            f"{path} is a folder, whose recipe one process has to write: run `semiseg init {path}` without torchrun, "
+            "then train the recipe."
+        )
     text = plan(path, hours)
     print(text)
     return parse(yaml.safe_load(text), path, overrides=overrides), path
@@ -181,7 +186,7 @@ def run(recipe: Recipe, out: Path, base: Path | None = None) -> Model:
     if (out / "results.json").exists():
         print(f"{out} holds this run, finished.")
         return load(out)
-    with _writing(out), memory_errors(smaller(recipe.train)):
+    with _writing(out), parallel.peers(), memory_errors(smaller(recipe.train)):
         _run(recipe, out, base, copies)
         parallel.wait()  # for the files of process 0
     return load(out)
@@ -203,7 +208,8 @@ def _run(recipe: Recipe, out: Path, base: Path | None, copies: list[Path]) -> No
     if problems := leaks(data):
         raise InputError(problems[0])
     device = parallel.device(recipe.train.device)
-    parallel.start(device)  # all have looked at the folder by now: from here on process 0 may write
+    parallel.start(device)
+    parallel.wait()  # all have looked at the folder by now: from here on process 0 may write
     torch.set_num_threads(recipe.train.threads)
     build = build_of(recipe, data, device, base)
     method = methods.find(recipe.method.name, base)(recipe.method.options, build)
@@ -271,7 +277,8 @@ def _for_folder(recipe: Recipe, out: Path, copies: list[Path]) -> Recipe:
     elif out.exists() and (not out.is_dir() or any(path.name != LOCK for path in out.iterdir())):
         raise InputError(f"{out} holds something that is not a run: choose another --out.")
     else:
-        _check_writable(out)
+        if parallel.rank() == 0:
+            _check_writable(out)
         threads = recipe.train.threads or _THREADS
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={"threads": threads})})
 
@@ -287,7 +294,8 @@ def _same(before: Recipe, recipe: Recipe, out: Path) -> int:
                     f"{out} holds a run with {section}.{key}={_text(old.get(key))}, not {_text(new.get(key))}: "
                     "choose another --out, or remove that folder."
                 )
-    return before.train.threads
+    # Of several processes each has its share of the cores, however many the run began with.
+    return before.train.threads if parallel.world() == 1 else min(before.train.threads, _THREADS)
 
 
 def _check_writable(out: Path) -> None:

@@ -8,6 +8,7 @@ import atexit
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
@@ -76,8 +77,10 @@ def start(place: torch.device) -> None:
     torch.set_num_threads(threads())
     if place.type == "cuda":
         torch.cuda.set_device(place)
-    # Objects and counts of evaluations travel as CPU tensors, gradients as the device's.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo")
+    # Objects and counts of evaluations travel as CPU tensors, gradients as the device's. A process that has predicted
+    # its images waits for the slowest one, which may take hours.
+    backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(days=2))
     atexit.register(dist.destroy_process_group)
 
 
@@ -85,6 +88,31 @@ def wait() -> None:
     """Until all processes are here: what process 0 has written can be read then."""
     if world() > 1:
         gather(None)
+
+
+@contextmanager
+def peers() -> Iterator[None]:
+    """A block in which the end of another process is told in a sentence: what was wrong, that process has said.
+
+    Raises:
+        InputError: another process ended.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if world() == 1 or not any(word in str(error) for word in ("by peer", "gloo", "NCCL", "onnection")):
+            raise
+        raise InputError("another process of this run ended: see what it said.") from error
+
+
+@torch.no_grad()
+def same(tensors: Iterable[Tensor]) -> None:
+    """Gives all processes the weights and buffers of process 0: another one may have found no file to start from."""
+    if world() > 1:
+        for tensor in tensors:
+            flat = tensor.contiguous()
+            dist.broadcast(flat, 0)
+            tensor.copy_(flat)
 
 
 def gather(value: T) -> list[T]:
@@ -159,7 +187,10 @@ def _buckets(weights: Sequence[Tensor]) -> list[list[Tensor]]:
 
 def _flat(bucket: list[Tensor]) -> Tensor:
     """The gradients one after another, zeros where there is none; then for each whether it is there."""
-    there = bucket[0].new_tensor([weight.grad is not None for weight in bucket])
+    there = bucket[0].new_ones(len(bucket))  # not from a list: that copy would wait for the device
+    for place, weight in enumerate(bucket):
+        if weight.grad is None:
+            there[place].zero_()
     grads = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in bucket]
     return torch.cat([*(grad.flatten() for grad in grads), there])
 

@@ -544,13 +544,23 @@ def check_unlabelled(case: Case, used: bool = True) -> None:
         assert not changed, f"The unlabelled images change the run ({changed})."
 
 
-def check_processes(case: Case, close: float = 1e-9) -> None:
+def check_processes(case: Case, shares: Sequence[str] = (), close: float = 1e-9) -> None:
     """Two processes with half a batch each end like one with the whole, though their pixels count unequally.
 
     In float64, without dropout layers, which each process draws for itself, and with frozen batch norm, which on CPUs
     sees the images of its own process.
+
+    Args:
+        case: the method, with options by which pixels are selected in its first steps: some, not all.
+        shares: the names of what its step returns about that; each must be between 0 and 1.
+        close: the largest difference of a number in the last checkpoints.
     """
     one = _three_steps(case, "one process")
+    for name in shares:
+        found = [float(row[name]) for rows in one.metrics().values() for row in rows]
+        assert any(0 < value < 1 for value in found), (
+            f"{name} is {found}: the case needs options by which it is between."
+        )
     with contextlib.ExitStack() as stack:
         for process in [_launch(case, rank, port) for port in [_free_port()] for rank in (0, 1)]:
             stack.callback(process.kill)
@@ -572,11 +582,16 @@ def _three_steps(case: Case, name: str) -> Result:
     def uneven(moment: Moment) -> Scalars:
         batches = {}
         for stream, batch in moment.batches.items():
-            batches[stream] = batch = replace(batch, image=batch.image.double() / 255)
+            batch = replace(batch, image=batch.image.double() / 255)
             if parallel.rank() == 0 and isinstance(batch, Labelled):
                 mask = batch.mask.clone()
                 mask[0, :24] = IGNORE
-                batches[stream] = replace(batch, mask=mask)
+                batch = replace(batch, mask=mask)
+            elif parallel.rank() == 0:
+                valid = batch.valid.clone()
+                valid[0, :, 20:] = False
+                batch = replace(batch, valid=valid)
+            batches[stream] = batch
         for optimizer in moment.method.optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = 1e-4  # a random network without normalisation: large steps would blow up the last bits

@@ -316,7 +316,7 @@ def _read_voc(root: Path, sbd: bool) -> Found:
 
 
 def _ids(path: Path) -> list[str]:
-    """The ids of a list in order; a line may also be an image's path, and its mask's after that."""
+    """The ids of a list, sorted; a line may also be an image's path, and its mask's after that."""
     if not path.is_file():
         raise InputError(f"{path} is not there: put the lists of Pascal VOC 2012 into that folder.")
     return sorted({bare(line.split()[0]) for line in read_text(path).splitlines() if line.strip()})

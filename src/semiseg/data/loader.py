@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from semiseg.data.cache import open_image, open_pair
+from semiseg.data.cache import open_image, open_mask, open_pair
 from semiseg.data.rows import Row
 from semiseg.data.sampling import Draw, Stream, Timetable, draws
 from semiseg.data.splits import Data
@@ -63,7 +63,8 @@ class Steps(Dataset["Item | InputError"]):
     def _labelled(self, stream: Stream, draw: Draw) -> Labelled:
         samples = []
         for number, key in zip(draw.rows, draw.keys, strict=True):
-            image, mask = self._open_pair(stream.rows[int(number)])
+            row = stream.rows[int(number)]
+            image, mask = self._open_pair(row) if stream.images else self._open_mask(row)
             samples.append(self._crop(image, mask, draw, np.random.default_rng(key)))
         images, masks, valid = zip(*samples, strict=True)
         return Labelled(_stack(images), torch.stack(masks), torch.stack(valid), torch.from_numpy(draw.rows))
@@ -106,6 +107,11 @@ class Steps(Dataset["Item | InputError"]):
         config = self.data.config
         image, mask = open_pair(row, config.channels, self.data.code, config.size, config.cache)
         return _channels_first(image), torch.from_numpy(mask)
+
+    def _open_mask(self, row: Row) -> tuple[Tensor, Tensor]:
+        config = self.data.config
+        mask = torch.from_numpy(open_mask(row, self.data.code, config.size, config.cache))
+        return torch.zeros((0, *mask.shape), dtype=torch.uint8), mask
 
     def _crop(
         self, image: Tensor, mask: Tensor | None, draw: Draw, rng: np.random.Generator

@@ -32,11 +32,15 @@ class Phase:
 
 @dataclass(frozen=True)
 class Stream:
-    """What a method asks for: a pool of rows, the phases, and the number of strong views a sample."""
+    """What a method asks for: a pool of rows, the phases, and the number of strong views a sample.
+
+    Without `images` only masks are opened, and the batch's images have no channel.
+    """
 
     rows: Rows
     phases: tuple[Phase, ...]
     strong: int = 0
+    images: bool = True
 
     @cached_property
     def labelled(self) -> bool:

@@ -62,6 +62,8 @@ def _span(side: int, crop: int, factor: float, at: float) -> tuple[int, int, int
 def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
     if image.shape[1:] == size:
         return image
+    if not len(image):
+        return image.new_zeros((0, *size))
     if image.dtype == torch.uint8:
         return F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
     smooth = F.interpolate(image[None].float(), size, mode="bilinear", antialias=True)[0]

@@ -183,8 +183,8 @@ class Session:
                     )
 
             if progress.lacks(start, evaluations):
-                self._evaluate(method.predictor(), data, start, progress, log, signals)
-                save(start, signals.received)
+                self._evaluate(method, data, start, progress, log, signals)
+                save(start, next((s for s in parallel.gather(signals.received) if s is not None), None))
             scalars = _Scalars()
             skipped: dict[str, str] = {}
             images, since = 0, time.perf_counter()
@@ -200,7 +200,7 @@ class Session:
                 scalars.add(step, method.step(Clock(step, total), **batches))
                 parallel.average_statistics(method.modules())
                 skipped |= item.skipped
-                images += sum(len(b.row) for b in batches.values())
+                images += sum(len(b.row) for b in batches.values() if b.image.shape[1])
 
                 done = step + 1
                 for share in (share for share, at in kept.items() if at == done and rank == 0):
@@ -225,7 +225,7 @@ class Session:
                     log.progress(step, values, speed)
                     skipped, images, since = {}, 0, time.perf_counter()
                     if evaluating:
-                        self._evaluate(method.predictor(), data, done, progress, log, signals)
+                        self._evaluate(method, data, done, progress, log, signals)
                         since = time.perf_counter()
                     if saving:
                         save(done, told.signal if world > 1 else signals.received)
@@ -236,7 +236,10 @@ class Session:
     def _restore(self, method: Trainable) -> tuple[int, Progress]:
         """Puts the checkpoint's state into the method; the step to go on with, and the progress so far."""
         state = checkpoint.load(self.weights)
+        if len(set(parallel.gather(state["step"] if state else 0))) > 1:
+            raise InputError(f"{self.folder} is not the same folder for all processes: put --out on a shared disk.")
         if state is None:
+            parallel.same(method.state_dict().values())
             return 0, Progress()
         try:
             method.load_state_dict(state["method"])
@@ -251,10 +254,13 @@ class Session:
         return state["step"], Progress(**state["progress"])
 
     def _evaluate(
-        self, net: nn.Module, data: Data, done: int, progress: Progress, log: Log, signals: "_Signals"
+        self, method: Trainable, data: Data, done: int, progress: Progress, log: Log, signals: "_Signals"
     ) -> None:
+        net = method.predictor()
+        if parallel.world() > 1:
+            # They finish it also after a signal, as they would not stop at the same image, if they are given the time.
+            self._save(method, progress, done, False)
         try:
-            # Several processes finish it together: they would not stop at the same image.
             with signals.at_once() if parallel.world() == 1 else nullcontext():
                 scores = evaluate(net, data.val, data, self.inference, self.device)
         except Interrupted:
@@ -367,6 +373,8 @@ class _Signals:
 
     def _answer(self, number: int, _: FrameType | None) -> None:
         self.received = number
+        if parallel.world() > 1:
+            return  # the launcher hands on what this process has been sent already
         self.__exit__()
         if self.acting:
             raise Interrupted.by(number, "stopped")

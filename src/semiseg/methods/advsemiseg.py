@@ -13,9 +13,10 @@ Deliberate differences from the released code:
 - starts are shares of the run (5,000 of 20,000 steps = 0.25), so that a shorter run keeps the paper's proportions;
 - bilinear resizing with align_corners=False, also of the critic's map.
 
-What stays per process where there are several: nothing but batch norm's statistics on CPUs.
+What stays per process where there are several: batch norm's statistics on CPUs; and dice, of which the mean is taken.
 """
 
+import math
 from typing import Annotated
 
 import torch
@@ -87,7 +88,7 @@ class AdvSemiSeg(StepMethod):
     def streams(self, data: Data, batch: int, crop: tuple[int, int]) -> dict[str, Stream]:
         phases = (Phase(crop, batch),)
         # The masks that the critic sees are drawn apart from the images whose predictions it sees.
-        streams = {"labelled": Stream(data.labelled, phases), "real": Stream(data.labelled, phases)}
+        streams = {"labelled": Stream(data.labelled, phases), "real": Stream(data.labelled, phases, images=False)}
         if data.config.unlabelled == "none":
             for name in ("lambda_semi", "lambda_adv_unlabelled", "critic_unlabelled"):
                 if getattr(self.config, name):
@@ -129,8 +130,11 @@ class AdvSemiSeg(StepMethod):
         return losses | self._teach_critic(torch.cat(predictions), torch.cat(seen), real.mask) | scalars
 
     def _believed(self, answer: Tensor) -> Tensor:
-        """(B, H, W) bool, where the critic's confidence reaches T_semi."""
-        return answer.detach().squeeze(1).sigmoid() >= self.config.threshold
+        """(B, H, W) bool, where the critic's confidence reaches T_semi; at 1, none."""
+        # As logits: in float32 the sigmoid of 17 is 1.
+        t = self.config.threshold
+        least = math.log(t / (1 - t)) if 0 < t < 1 else math.inf * (2 * t - 1)
+        return answer.detach().squeeze(1) >= least
 
     def _teach_critic(self, predictions: Tensor, seen: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """One update of the critic. predictions (n, C, H, W), their pixels that count (n, H, W), masks (B, H, W)."""
