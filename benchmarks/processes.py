@@ -35,7 +35,9 @@ def speed(recipe: Path, processes: int, steps: int, folder: Path) -> float:
     command = [sys.executable, *(launch if processes > 1 else []), "-m", "semiseg", "train", str(recipe)]
     done = subprocess.run([*command, "--out", str(folder), *options], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise InputError(f"the run of {processes} processes failed: {done.stderr.strip()[-2000:]}")
+        said = done.stderr.strip().splitlines()
+        reason = next((line for line in said if line.startswith("error: ")), said[-1] if said else "no reason given")
+        raise InputError(f"the run of {processes} processes failed: {reason.removeprefix('error: ')}")
     with (folder / "metrics.csv").open(encoding="utf-8", newline="") as file:
         speeds = [float(row["images_per_second"]) for row in csv.DictReader(file)]
     return median(speeds[2:])

@@ -248,7 +248,7 @@ def three(channels, classes):
         ),
         (
             "network.name=own.py:three",
-            "The network gives 3 classes where the data, and so the critic, has 7: correct the one that network.name ",
+            "network.name: the network gives 3 classes, the data has 7.",
         ),
     ],
 )

@@ -449,8 +449,10 @@ def test_critic_measures_a_run(recipe: Write, tmp_path: Path, capsys: pytest.Cap
 
 
 def test_processes_are_measured(recipe: Write, capsys: pytest.CaptureFixture[str]) -> None:
-    processes.main([str(recipe(train__batch=4)), "--steps", "15", "--json"])
+    processes.main([str(recipe(train__batch=8)), "--steps", "15", "--json"])
     found = printed(capsys)
     assert found["ratio"] == pytest.approx(found["images_per_second"]["2"] / found["images_per_second"]["1"])
+    with pytest.raises(InputError, match=r"the run of 2 processes failed: train\.batch: 4 images cannot be divided"):
+        processes.main([str(recipe(train__batch=4)), "--steps", "15"])
     with pytest.raises(InputError, match="--steps 14 leaves nothing"):
         processes.main(["--steps", "14"])

@@ -318,7 +318,7 @@ def test_a_method_in_python_that_is_wrong(recipe: Path, tmp_path: Path) -> None:
         strength: float = 1.0
 
     for words, expected in (
-        ({"method": Mine()}, 'belongs to none of supervised, fixmatch: give {"name": "file.py:Class"'),
+        ({"method": Mine()}, 'belongs to none of supervised, fixmatch, advsemiseg: give {"name": "file.py:Class"'),
         ({"method": "supervised", "threshold": 0.9}, "method.threshold is unknown"),
         ({"treshold": 0.9}, "treshold is no option; did you mean threshold or "),
         ({"name": "fpn"}, "name stands in several sections"),

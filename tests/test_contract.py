@@ -252,6 +252,12 @@ class Sinner(Good):
         return [(1.0, Share(nats[valid].mean(), torch.ones(()))), terms[1]]
 """
 
+MEAN_OF_ITS_OWN = """
+class Sinner(Good):
+    def changed(self, terms, clock, labelled, unlabelled):
+        return [(weight, Share(s.total / s.count, torch.ones(()))) for weight, s in terms]
+"""
+
 OPENS_MASKS = """
 class Sinner(Good):
     def streams(self, data, batch, crop):
@@ -308,6 +314,7 @@ def test_an_outsiders_method_keeps_the_contract(tmp_path: Path) -> None:
         (testing.check_gradients, TEACHER_MOVES_BY_ITSELF, "without EMA"),
         (testing.check_gradients, TOUCHES_THE_CRITIC, "another optimiser"),
         (testing.check_ignored, MEAN_OF_THE_SELECTED, "is nan for a batch"),
+        (testing.check_processes, MEAN_OF_ITS_OWN, "off one"),
         (testing.check_masks, OPENS_MASKS, "not labelled"),
         (testing.check_unlabelled, BLIND, "no effect"),
         (testing.check_options, DEAD_OPTION, r"unused=0\.0 gives the same losses"),

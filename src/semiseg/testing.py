@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from semiseg import methods, parallel
@@ -598,15 +599,16 @@ def _three_steps(case: Case, name: str) -> Result:
         for part in moment.method.modules():
             if isinstance(part, _DropoutNd):
                 part.p = 0.0
+            elif isinstance(part, _BatchNorm):
+                part.eval()
         return replace(moment, batches=batches).go()
 
-    frozen = replace(case, network={**case.network, "frozen_norm": "all"})
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
         parallel.start(torch.device("cpu"))
         data = case.data(scale=(1.0, 1.0))
-        return run(frozen, name, uneven, replace(data, val=data.val[:0]), steps=3, save_every=3, batch=8)
+        return run(case, name, uneven, replace(data, val=data.val[:0]), steps=3, save_every=3, batch=8)
     finally:
         torch.set_default_dtype(before)
 
