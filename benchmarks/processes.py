@@ -7,6 +7,7 @@ intervals of 5 steps, the first two left out. The processes divide the batch of 
 """
 
 import csv
+import re
 import subprocess
 import sys
 import tempfile
@@ -37,7 +38,9 @@ def speed(recipe: Path, processes: int, steps: int, folder: Path) -> float:
     if done.returncode:
         said = done.stderr.strip().splitlines()
         reason = next((line for line in said if line.startswith("error: ")), said[-1] if said else "no reason given")
-        raise InputError(f"the run of {processes} processes failed: {reason.removeprefix('error: ')}")
+        raise InputError(
+            f"the run of {processes} processes failed: {re.sub(r'^error: (in process [0-9]+: )?', '', reason)}"
+        )
     with (folder / "metrics.csv").open(encoding="utf-8", newline="") as file:
         speeds = [float(row["images_per_second"]) for row in csv.DictReader(file)]
     return median(speeds[2:])

@@ -218,7 +218,8 @@ def _run(recipe: Recipe, out: Path, base: Path | None, copies: list[Path]) -> No
 
     if parallel.rank() == 0:
         _write_recipe(recipe, out, copies)
-    for line in (_opening(recipe, data, device), *data.notes, *build.report):
+    goes_on = any(out.rglob(checkpoint.LAST))  # then it is no news what it started from
+    for line in (_opening(recipe, data, device), *data.notes, *([] if goes_on else build.report)):
         print(line)
     session = Session(out, recipe.train, recipe.evaluate, device)
     net = method.fit(session, data)

@@ -142,6 +142,11 @@ def _print_results(results: Mapping[str, Any]) -> None:
         score = "not known, as no mask has a class" if results["miou"] is None else f"{100 * results['miou']:.2f}"
         print(f"{results['split']} mIoU {score} on {images}; delivered: {results['delivered']}")
         _print_classes(results["per_class"])
+        missed = [name for name, value in results["per_class"].items() if value == 0]
+        if missed:
+            print(
+                f"no pixel right: {', '.join(missed)}. Train longer, from pretrained weights, or with more masks of it."
+            )
     if results["note"]:
         print(f"note: {results['note']}")
     if results["skipped"]:

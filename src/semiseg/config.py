@@ -127,6 +127,9 @@ def override(plain: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, An
         keys = name.split(".")
         if not equals:
             raise InputError(f"{text}: an override has the form section.key=value, such as train.steps=600.")
+        places = [section for section in SECTIONS if len(keys) == 1 and name in fields_of(section)]
+        if keys[0] not in SECTIONS and places:
+            raise InputError(f"{text}: name the section too, {' or '.join(f'{place}.{text}' for place in places)}.")
         if keys[0] not in SECTIONS:
             raise InputError(f"{text}: there is no section {keys[0]}; {nearest(keys[0], SECTIONS)}")
         try:

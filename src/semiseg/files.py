@@ -34,7 +34,10 @@ def replacing(path: Path) -> Iterator[Path]:
     part = path.with_name(f".{uuid.uuid4().hex[:12]}.{path.name}")  # the suffix stays: some writers go by it
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        part.touch()
+        mode = part.stat().st_mode
         yield part
+        part.chmod(mode)  # as other new files: some writers leave theirs to the owner alone
         with part.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
