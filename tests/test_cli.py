@@ -21,7 +21,7 @@ import torch
 import yaml
 from PIL import Image
 
-from semiseg import api, methods
+from semiseg import api, cli, methods
 from semiseg.config import Recipe
 from semiseg.engine import session
 from semiseg.files import LOCK, sweep
@@ -396,6 +396,20 @@ def test_what_a_killed_process_was_writing_goes(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.rglob("*.pt")} == set(names[1:])
 
 
+def test_weights_can_be_read_like_other_new_files(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "new").touch()
+    modes = {path.stat().st_mode for path in (home / "run" / "model").iterdir()}
+    assert modes == {(tmp_path / "new").stat().st_mode}
+
+
+def test_a_class_without_a_right_pixel_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    results: dict[str, Any] = {"split": "test", "images": 2, "miou": 0.4, "delivered": "last step", "note": None}
+    cli._print_results(results | {"per_class": {"a": 0.8, "b": 0.0}, "skipped": {}, "seconds": 1.0, "peak_gb": 1.0})
+    assert "no pixel right: b. Train longer" in capsys.readouterr().out
+    cli._print_results(results | {"per_class": {"a": 0.8, "b": None}, "skipped": {}, "seconds": 1.0, "peak_gb": 1.0})
+    assert "no pixel right" not in capsys.readouterr().out
+
+
 def test_masks_without_any_class(semiseg: Command, recipe: Path, scenes: Path) -> None:
     for path in (scenes / "masks/test").iterdir():
         Image.fromarray(np.full((48, 64), 255, np.uint8)).save(path)
@@ -483,6 +497,7 @@ def test_a_stopped_run_ends_with_the_same_weights(
     done = semiseg("train", home / "recipe.yaml", "-o", "run")
     assert done.code == 0, (seed, done.err)
     assert finished or "going on at step" in done.out
+    assert "random weights" not in done.out, "it goes on from its own"
     same_outcome(Path("run"), home / "run")
 
 
