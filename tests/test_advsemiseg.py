@@ -79,7 +79,7 @@ def made(other: nn.Module | None = None, **options: Any) -> Watched:
     """The method in float64; `other` takes the place of its critic."""
     method = Watched(AdvSemiSeg.Config(**options), built()).double()
     if other is not None:
-        method.critic = other  # type: ignore[assignment]
+        method.add_module("critic", other)
         method.optimizers["critic"] = torch.optim.Adam(other.parameters(), 1e-4)
     return method
 
@@ -126,7 +126,7 @@ def furthest(method: AdvSemiSeg, before: dict[str, Tensor]) -> float:
 def bias(critic: nn.Module, value: float) -> None:
     """Makes the critic certain of one answer, whatever it sees."""
     with torch.no_grad():
-        critic.layers[-1].bias.fill_(value)  # type: ignore[index, union-attr]
+        list(critic.parameters())[-1].fill_(value)
 
 
 # ---- gradients -------------------------------------------------------------------------------------------------------

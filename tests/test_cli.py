@@ -317,14 +317,15 @@ def test_a_method_in_python_that_is_wrong(recipe: Path, tmp_path: Path) -> None:
     class Mine(Options):
         strength: float = 1.0
 
-    for words, expected in (
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
         ({"method": Mine()}, 'belongs to none of supervised, fixmatch, advsemiseg: give {"name": "file.py:Class"'),
         ({"method": "supervised", "threshold": 0.9}, "method.threshold is unknown"),
         ({"treshold": 0.9}, "treshold is no option; did you mean threshold or "),
         ({"name": "fpn"}, "name stands in several sections"),
-    ):
+    )
+    for words, expected in cases:
         with pytest.raises(InputError, match=re.escape(expected)):
-            api.train(recipe, tmp_path / "run", **words)  # type: ignore[arg-type]
+            api.train(recipe, tmp_path / "run", **words)
     assert not (tmp_path / "run").exists()
 
 

@@ -406,7 +406,7 @@ def test_a_mask_is_written_whole_or_not(tmp_path: Path, monkeypatch: pytest.Monk
     write_mask(tmp_path / "m.png", ids(), PALETTE)
     before = (tmp_path / "m.png").read_bytes()
 
-    def fail(image: Image.Image, path: Path, format: str) -> None:  # noqa: A002
+    def fail(image: Image.Image, path: Path, **_: object) -> None:
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 

@@ -672,9 +672,9 @@ def test_the_released_network_does_not_pad(size: tuple[int, int]) -> None:
     net = segnet(**NARROW, options={"released": True})
     with torch.no_grad():
         maps = net.encode(images(1, 3, *size))
-        halved = size
+        halved: tuple[int, ...] = size
         for m, ceil in zip(maps[:3], (False, True, False), strict=True):
-            halved = tuple((side + 1 + ceil * (side % 2 == 0)) // 2 for side in halved)  # type: ignore[assignment]
+            halved = tuple((side + 1 + ceil * (side % 2 == 0)) // 2 for side in halved)
             assert m.shape[2:] == halved
         logits = net.classify(net.fuse(maps))
         expected = F.interpolate(logits, size=size, mode="bilinear", align_corners=True)

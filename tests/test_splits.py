@@ -325,14 +325,14 @@ def test_root_is_looked_for_beside_the_recipe_then_in_the_shared_folder(
     tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tree(pairs(["recipe"]), name="beside/set")
-    tree(pairs(["shared"]), name="shared/set")
-    monkeypatch.setenv("SEMISEG_DATA", str(tmp_path / "shared"))
+    tree(pairs(["common"]), name="common/set")
+    monkeypatch.setenv("SEMISEG_DATA", str(tmp_path / "common"))
     assert stems(load("set", tmp_path / "beside").labelled) == ["recipe"]
-    assert stems(load("set", tmp_path / "nowhere").labelled) == ["shared"]
-    assert load("../shared/set", tmp_path / "beside").labelled.root == str(tmp_path / "shared/set")
+    assert stems(load("set", tmp_path / "nowhere").labelled) == ["common"]
+    assert load("../common/set", tmp_path / "beside").labelled.root == str(tmp_path / "common/set")
     monkeypatch.chdir(tmp_path / "beside")
     assert stems(load("set").labelled) == ["recipe"]
-    fails(f"{tmp_path}/beside/other and {tmp_path}/shared/other", "other")
+    fails(f"{tmp_path}/beside/other and {tmp_path}/common/other", "other")
 
 
 # ------------------------------------------------------------------------------------------------------------ classes
