@@ -20,6 +20,7 @@ from semiseg.engine.memory import memory_errors
 from semiseg.files import replacing
 from semiseg.ops.colour import to_float
 from semiseg.ops.metrics import confusion, iou, miou
+from semiseg.ops.pseudo import winner
 from semiseg.ops.resize import resize
 from semiseg.types import InferenceConfig, InputError
 
@@ -71,7 +72,7 @@ def evaluate(net: nn.Module, rows: Rows, data: Data, config: InferenceConfig, de
     confusions = [torch.zeros((0, len(data.classes), len(data.classes)), dtype=torch.int64, device=device)]
     for image, mask in ahead(read, range(parallel.rank(), len(rows), parallel.world())):
         probs = probabilities(net, image.to(device), config)
-        label = resize(probs, (mask.shape[0], mask.shape[1])).argmax(1)
+        label = winner(resize(probs, (mask.shape[0], mask.shape[1])))
         confusions.append(confusion(label, mask[None].to(device), len(data.classes))[None])
     for part, training in modes:  # a method may keep batch norms in eval mode inside a network that trains
         part.training = training

@@ -5,6 +5,7 @@ Hung, Tsai, Liou, Lin and Yang, "Adversarial Learning for Semi-Supervised Semant
     L = L_ce + lambda_adv L_adv(labelled) + lambda_adv_unlabelled L_adv(unlabelled) + lambda_semi L_semi
 
 Deliberate differences from the released code:
+
 - four branches in DeepLab-v2's head as in the paper (released: it returns from inside the loop, and two remain);
 - the critic learns from predictions on labelled images, as the paper says; `critic_unlabelled` is the released code;
 - an iteration that selects no pixel keeps its adversarial loss (released: it is dropped with L_semi);
@@ -30,7 +31,7 @@ from semiseg.methods.labelled import LabelledLoss, LossConfig
 from semiseg.networks.critic import Kind
 from semiseg.networks.factory import Build
 from semiseg.ops.losses import binary_cross_entropy, cross_entropy
-from semiseg.ops.pseudo import one_hot
+from semiseg.ops.pseudo import one_hot, winner
 from semiseg.types import IGNORE, Clock, InputError, Labelled, Options, Unlabelled
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -114,7 +115,7 @@ class AdvSemiSeg(StepMethod):
             probs_u = logits_u.softmax(1)
             answer_u = self.critic(probs_u)
             selected = self._believed(answer_u) & unlabelled.valid
-            label = probs_u.detach().argmax(1).masked_fill(~selected, IGNORE)
+            label = winner(probs_u).masked_fill(~selected, IGNORE)
             adversarial = _or(c.lambda_adv_unlabelled, 0.001) * (clock.progress >= c.adv_start)
             semi = _or(c.lambda_semi, 0.1) * (clock.progress >= c.semi_start)
             terms["loss_adv_unlabelled"] = (adversarial, binary_cross_entropy(answer_u, MASK, unlabelled.valid))
@@ -162,7 +163,7 @@ def _judged(mask: Tensor, probs: Tensor, believed: Tensor, known: Tensor) -> dic
 
     On labelled images, whose masks are known: a critic that tells nothing gives two equal numbers.
     """
-    right = probs.detach().argmax(1) == mask
+    right = winner(probs) == mask
     believed, doubted = believed & known, ~believed & known
     return {
         "accuracy_selected": (right & believed).sum() / believed.sum(),
