@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from semiseg.networks import deeplabv2, factory
 from semiseg.networks.critic import Critic
 from semiseg.networks.factory import Build, NetworkConfig, OptimConfig, load_object
+from semiseg.networks.heads import Head, Projected
 from semiseg.networks.net import SegNet, Wrapped, _SameConv2d
 from semiseg.networks.weights import load_tensors, read_model, read_weights, save_model
 from semiseg.types import InputError
@@ -804,6 +805,112 @@ def test_wrong_options_of_deeplabv2(options: dict[str, Any], reason: str) -> Non
         build(**NARROW | options).network()
 
 
+# ---- heads -----------------------------------------------------------------------------------------------------------
+
+VIEWED: dict[str, dict[str, Any]] = {
+    "fpn": {"name": "fpn"},
+    "unet": {"name": "unet"},
+    "deeplabv2": NARROW,
+    "released": NARROW | {"options": {"released": True}},
+}
+
+
+def projected(name: str, auxiliary: bool = False) -> Projected:
+    return build(**VIEWED[name]).projected(8, auxiliary).eval()
+
+
+@pytest.mark.parametrize("size", [(64, 96), (45, 70), (1, 33)])
+@pytest.mark.parametrize("name", VIEWED)
+def test_what_a_projected_network_sees(name: str, size: tuple[int, int]) -> None:
+    model, image = projected(name, auxiliary=True), images(2, 3, *size)
+    with torch.no_grad():
+        views = model(image)
+        assert torch.equal(views.logits, model.net(image))
+        small = model.net.classify(model.net.fuse(model.net.encode(image)))
+    if name == "unet":
+        small = small.unflatten(3, (-1, 4)).mean(4).unflatten(2, (-1, 4)).mean(3)
+    torch.testing.assert_close(views.small, small)
+    assert views.features.shape == (2, 8, *small.shape[2:])
+    assert views.auxiliary is not None
+    assert views.auxiliary.shape == (2, 5, *size)
+    assert {t.dtype for t in (views.logits, views.features, views.auxiliary)} == {torch.float32}
+
+
+@pytest.mark.parametrize(("name", "stride"), [("fpn", 4), ("unet", 4), ("deeplabv2", 8), ("released", 8)])
+def test_strides_of_features(name: str, stride: int) -> None:
+    model = projected(name)
+    assert model.stride == stride
+    assert model.net.stride == (1 if name == "unet" else stride)
+    assert model(images(1, 3, 64, 64)).auxiliary is None
+
+
+@pytest.mark.parametrize("size", [(64, 96), (45, 70), (1, 33), (41, 49)])
+@pytest.mark.parametrize("name", VIEWED)
+def test_every_feature_picks_the_pixel_in_its_middle(name: str, size: tuple[int, int]) -> None:
+    model = projected(name)
+    rows, columns = torch.meshgrid(*map(torch.arange, size), indexing="ij")
+    with torch.no_grad():
+        small = model(images(1, 3, *size)).small
+    first = 0 if name == "released" else model.stride // 2
+    picked = model.pick((1000 * rows + columns).unsqueeze(0), small, -1)
+    inside = model.pick(torch.ones(1, *size).bool(), small, False)
+    assert picked.shape == inside.shape == (1, *small.shape[2:])
+    assert inside.dtype == torch.bool
+    for (_, i, j), number in np.ndenumerate(picked.numpy()):
+        y, x = i * model.stride + first, j * model.stride + first
+        there = y < size[0] and x < size[1]
+        assert number == (1000 * y + x if there else -1)
+        assert bool(inside[0, i, j]) == there
+
+
+def test_gradients_of_heads() -> None:
+    """The projection learns through the whole network, the auxiliary classifier through all but the last stage."""
+    model = projected("fpn", auxiliary=True).train()
+    views = model(images(2, 3, 45, 70))
+    views.auxiliary.square().sum().backward(retain_graph=True)
+    stages = model.net.encoder.get_submodule("model")
+    assert all(p.grad is None for p in (*stages.get_submodule("layer4").parameters(), *model.projection.parameters()))
+    assert all(p.grad is not None for p in stages.get_submodule("layer3").parameters())
+    views.features.square().sum().backward()
+    assert all(p.grad is not None for p in stages.parameters())
+    assert all(p.grad is not None for p in model.projection.parameters())
+    assert all(p.grad is None for p in model.net.head.parameters())
+
+
+def test_layers_of_a_head() -> None:
+    head = Head(6, 8, 5, 2, None)
+    convolutions = [layer for layer in head.layers if isinstance(layer, nn.Conv2d)]
+    assert [tuple(conv.weight.shape) for conv in convolutions] == [(8, 6, 3, 3), (8, 8, 3, 3), (5, 8, 1, 1)]
+    assert [conv.bias is not None for conv in convolutions] == [False, False, True]
+    assert [type(layer).__name__ for layer in head.layers[:4]] == ["Conv2d", "BatchNorm2d", "ReLU", "Dropout2d"]
+    maps = torch.randn(2, 6, 9, 7, generator=torch.Generator().manual_seed(0))
+    exact = head.eval()(maps)
+    head.precision = torch.bfloat16
+    rough = head(maps)
+    assert rough.shape == (2, 5, 9, 7)
+    assert rough.dtype == torch.float32
+    assert 0 < (rough - exact).abs().max() < 0.1 * exact.abs().max()
+    assert head.double()(maps.double()).dtype == torch.float64
+
+
+def test_heads_are_drawn_from_seed_and_salt() -> None:
+    state = torch.get_rng_state()
+    made = build(name="fpn").projected(8, True)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert same(made, build(name="fpn").projected(8, True))
+    assert same(made.net, build(name="fpn").network())
+    assert same(made.projection, build(name="fpn").projected(8).projection)
+    assert not same(made.projection, build(seed=1, name="fpn").projected(8).projection)
+    assert not same(made.projection, build(name="fpn").projected(8, salt=3).projection)
+    assert {id(p) for p in made.parameters()} == {
+        id(p)
+        for group in build()
+        .optimizer(made.net, [part for part in made.children() if part is not made.net])
+        .param_groups
+        for p in group["params"]
+    }
+
+
 # ---- critic ----------------------------------------------------------------------------------------------------------
 
 
@@ -1064,6 +1171,9 @@ def test_wrong_classes_of_ones_own(tmp_path: Path) -> None:
             build(base=tmp_path, name=name).network()
     with pytest.raises(InputError, match=r"forward of Wrong must return logits \(B, 5, h, w\), not list"):
         build(base=tmp_path, name="own.py:Wrong").network()(images(1, 3, 32, 32))
+    with pytest.raises(InputError, match=r"network\.name: own.py:Small is one piece, and the method needs encode"):
+        build(base=tmp_path, name="own.py:Small").projected(8)
+    assert build(base=tmp_path, name="own.py:parts").projected(8).stride == 4
     with pytest.raises(InputError, match=r"own.py:Small loads its own weights"):
         build(base=tmp_path, name="own.py:Small", weights="w.safetensors").network()
 

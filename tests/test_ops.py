@@ -28,6 +28,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Share]] = {
     "dice": losses.dice,
     "masked": lambda z, y: losses.masked_cross_entropy(z, y.long(), y != 0, y != IGNORE),
     "binary": lambda z, y: losses.binary_cross_entropy(z[:, :1], 1.0, y != IGNORE),
+    "squared": lambda z, y: losses.squared_difference(z, torch.full_like(z, 1 / C), y != IGNORE),
 }
 
 
@@ -163,6 +164,26 @@ def test_binary_cross_entropy_of_no_opinion_is_ln_2() -> None:
     for target in (0.0, 1.0):
         share = losses.binary_cross_entropy(torch.zeros(2, 1, 3, 4), target, torch.ones(2, 3, 4).bool())
         assert value(share) == pytest.approx(math.log(2))
+
+
+def test_squared_difference() -> None:
+    logits, mask = batch(14)
+    taught = torch.from_numpy(slow_softmax(batch(15)[0])).requires_grad_()
+    share = losses.squared_difference(logits.requires_grad_(), taught, mask != IGNORE)
+    p, q = slow_softmax(logits.detach()), taught.detach().numpy()
+    counted = [i for i, k in np.ndenumerate(mask.numpy()) if k != IGNORE]
+    expected = sum(float((p[b, k, y, x] - q[b, k, y, x]) ** 2) for b, y, x in counted for k in range(C))
+    assert float(share.count) == len(counted)
+    assert share.total.item() == pytest.approx(expected, rel=1e-12)
+    torch.autograd.backward(share.total)
+    assert logits.grad is not None
+    assert taught.grad is None
+
+
+def test_squared_difference_of_opposites_is_2() -> None:
+    logits, probs = torch.tensor([99.0, -99.0]).view(1, 2, 1, 1), torch.tensor([0.0, 1.0]).view(1, 2, 1, 1)
+    assert value(losses.squared_difference(logits, probs, torch.ones(1, 1, 1).bool())) == 2
+    assert value(losses.squared_difference(logits, 1 - probs, torch.ones(1, 1, 1).bool())) == 0
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -355,6 +376,79 @@ def test_padding_of_the_partner_stays_invalid() -> None:
     box[0, 1:3, 1:4] = True
     (mixed,) = mix.mix(box, torch.tensor([1, 0]), valid)
     assert torch.equal(~mixed[0], box[0] & ~valid[1])
+
+
+def slow_half(u: dict[str, float], size: tuple[int, int], probability: float) -> np.ndarray:
+    box = np.zeros(size, dtype=bool)
+    if u["mix"] < probability:
+        widths = [w for w in range(size[1]) if w > size[1] // 2]
+        w = widths[int(u["ratio"] * len(widths))]
+        h = round(size[0] * size[1] / 2 / w)
+        top, left = int(u["top"] * (size[0] - h + 1)), int(u["left"] * (size[1] - w + 1))
+        box[top : top + h, left : left + w] = True
+    return box
+
+
+@pytest.mark.parametrize("size", [(3, 3), (8, 8), (13, 40), (128, 161)])
+def test_half_box(size: tuple[int, int]) -> None:
+    u = uniforms(34, 64)
+    boxes = mix.half_box(u, size, 0.5)
+    assert boxes.shape == (64, *size)
+    for i, box in enumerate(boxes):
+        np.testing.assert_array_equal(box.numpy(), slow_half({k: float(v[i]) for k, v in u.items()}, size, 0.5))
+
+
+def test_half_boxes_by_hand() -> None:
+    u = uniforms(35, 600) | {"ratio": (torch.arange(600) + 0.5) / 600}
+    boxes = mix.half_box(u, (8, 8), 1.0)
+    sides = [(int(box.any(0).sum()), int(box.any(1).sum())) for box in boxes]
+    assert {side: sides.count(side) for side in sides} == {(5, 6): 200, (6, 5): 200, (7, 5): 200}
+    assert int((boxes.sum((1, 2)) - 32).abs().max()) <= 8
+
+
+def test_half_boxes_fit_at_both_ends_of_chance() -> None:
+    for number in (0.0, LAST):
+        u = {name: torch.tensor([number]) for name in VIEW} | {"mix": torch.tensor([0.0])}
+        for side in range(3, 1100):
+            (box,) = mix.half_box(u, (9, side), 1.0)
+            h, w = int(box.any(1).sum()), int(box.any(0).sum())
+            assert w == (side // 2 + 1 if number == 0 else side - 1)
+            assert int(box.sum()) == h * w
+            assert abs(h * w - 9 * side / 2) <= w / 2
+
+
+def labels(seed: int, size: int, classes: int = 6) -> Tensor:
+    label = torch.randint(0, classes, (size, 6, 7), generator=torch.Generator().manual_seed(seed))
+    for i in range(size):
+        label[i][label[i] == i % classes] = IGNORE
+    label[0], label[1] = IGNORE, classes - 1
+    return label
+
+
+def test_class_region_is_half_the_classes() -> None:
+    label, u = labels(36, 40), uniforms(36, 40)
+    regions = mix.class_region(u, label, 6, 0.7)
+    assert regions.shape == label.shape
+    assert not regions[0].any()
+    for i in range(40):
+        there = set(label[i].flatten().tolist()) - {IGNORE}
+        chosen = set(label[i][regions[i]].tolist())
+        assert chosen <= there
+        assert len(chosen) == ((len(there) + 1) // 2 if u["mix"][i] < 0.7 else 0)
+        assert torch.equal(regions[i], torch.isin(label[i], torch.tensor(sorted(chosen))))
+        alone = mix.class_region({k: v[i : i + 1] for k, v in u.items()}, label[i : i + 1], 6, 0.7)
+        assert torch.equal(alone[0], regions[i])
+
+
+def test_class_region_chooses_evenly() -> None:
+    u = uniforms(37, 6000)
+    regions = mix.class_region(u, torch.arange(4).view(1, 2, 2).expand(6000, -1, -1), 4, 1.0).flatten(1)
+    pairs, counts = regions.unique(dim=0, return_counts=True)
+    assert pairs.sum(1).tolist() == [2] * 6
+    assert counts.tolist() == [pytest.approx(1000, abs=120)] * 6  # 4 standard deviations
+    for low in (u["top"], u["left"]):  # whatever the numbers from which it is drawn
+        shares = regions[low < 0.1].double().mean(0)
+        assert shares.tolist() == [pytest.approx(0.5, abs=0.09)] * 4
 
 
 # colour

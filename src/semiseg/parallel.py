@@ -134,6 +134,25 @@ def shared_sum(values: Sequence[Tensor]) -> list[Tensor]:
     return [total.to(value.dtype) for total, value in zip(sums, values, strict=True)]
 
 
+def added(tensor: Tensor) -> Tensor:
+    """The sum of a tensor over all processes, without gradient."""
+    if world() == 1:
+        return tensor.detach()
+    total = tensor.detach().clone()
+    dist.all_reduce(total)
+    return total
+
+
+def joined(tensor: Tensor, dim: int = 0) -> Tensor:
+    """The tensors of all processes, of one shape, one behind the other in the order of the processes' numbers."""
+    if world() == 1:
+        return tensor.detach()
+    own = tensor.detach().to(torch.uint8 if tensor.dtype == torch.bool else tensor.dtype).contiguous()
+    parts = [torch.empty_like(own) for _ in range(world())]
+    dist.all_gather(parts, own)
+    return torch.cat(parts, dim).to(tensor.dtype)
+
+
 @contextmanager
 def summed_gradients(weights: Sequence[Tensor]) -> Iterator[None]:
     """A block with the last backward pass before a step: after it every process has the sum of all gradients.

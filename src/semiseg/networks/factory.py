@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import math
 import os
 import re
 import sys
@@ -30,6 +31,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from semiseg import parallel
 from semiseg.networks import deeplabv2
 from semiseg.networks.critic import Critic, Kind
+from semiseg.networks.heads import Head, Projected
 from semiseg.networks.net import FrozenNorm, SegNet, Wrapped
 from semiseg.networks.weights import load_tensors, read_weights
 from semiseg.types import InputError, Options, nearest
@@ -111,6 +113,7 @@ class Build:
     channels_last      memory layout of the convolutions
     base               folder of the recipe: relative files are looked for there first
     class_pixels       counts (C,) the pixels of each class in the labelled masks, for those who ask
+    names              of the classes, where they are known: for logs
     report             lines for the user, as on where the initial weights came from; somebody must show them
     """
 
@@ -124,6 +127,7 @@ class Build:
     base: Path | None = None
     device: torch.device = torch.device("cpu")
     class_pixels: Callable[[], Tensor] | None = None
+    names: tuple[str, ...] = ()
     report: list[str] = field(default_factory=list, init=False)
 
     def network(self, salt: int = 0) -> SegNet | Wrapped:
@@ -148,6 +152,41 @@ class Build:
             net = net.to(memory_format=torch.channels_last)
         return net.to(self.device)
 
+    def projected(self, width: int, auxiliary: bool = False, salt: int = 2) -> Projected:
+        """A new network with a head for features of `width`, and if wanted an auxiliary classifier.
+
+        Raises:
+            InputError: the network does not come in parts, so that there is no fused map; or see `network`.
+        """
+        net = self.network()
+        if not isinstance(net, SegNet):
+            raise InputError(
+                f"network.name: {self.config.name} is one piece, and the method needs encode, fuse and classify: take "
+                "a network by name, or one that returns a SegNet or a model of segmentation_models_pytorch."
+            )
+        if auxiliary and len(net.widths) < 2:
+            raise InputError(
+                "network: the encoder has a single map, and an auxiliary classifier needs the last but one."
+            )
+        with _drawn_from(self.seed, salt):
+            projection = Head(net.width, width, width, 2, self.precision)
+            classifier = Head(net.widths[-2], width, self.classes, 1, self.precision) if auxiliary else None
+        heads = nn.ModuleList(head for head in (projection, classifier) if head is not None)
+        if parallel.world() > 1 and self.device.type == "cuda":
+            nn.SyncBatchNorm.convert_sync_batchnorm(heads)  # in place: none of them is a norm itself
+        if self.channels_last:
+            heads.to(memory_format=torch.channels_last)
+        return Projected(net, projection, classifier).to(self.device)
+
+    def memory(self) -> float:
+        """Bytes of memory that the device has; infinite where nobody tells."""
+        if self.device.type == "cuda":
+            return float(torch.cuda.get_device_properties(self.device).total_memory)
+        try:
+            return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        except (AttributeError, ValueError, OSError):  # Windows has no sysconf
+            return math.inf
+
     def optimizer(self, net: nn.Module, extra: Iterable[nn.Module] = ()) -> Optimizer:
         """AdamW or SGD over a network and `extra` modules; each group carries `peak_lr`.
 
@@ -160,7 +199,8 @@ class Build:
         rates = ((first, self.optim.lr), (rest, self.optim.lr * self.optim.head_lr))
         groups = [{"params": params, "lr": lr, "peak_lr": lr} for params, lr in rates if params]
         if self.optim.name == "sgd":
-            return SGD(groups, momentum=self.optim.momentum, weight_decay=self.optim.weight_decay, fused=True)
+            # Not fused: that fails where a weight gets its first gradient later than others, as a head after a warm-up.
+            return SGD(groups, momentum=self.optim.momentum, weight_decay=self.optim.weight_decay, foreach=True)
         return AdamW(groups, weight_decay=self.optim.weight_decay, fused=True)
 
     def _smp(self) -> SegNet:

@@ -72,6 +72,7 @@ class SegNet(nn.Module):
 
     stride     px of the image a side of one px of the fused map
     width      D, channels of the fused map
+    widths     channels of the maps of `encode`, finest first; `strides` likewise
     multiple   px; sides are padded to a multiple of it
     precision  torch.bfloat16 for autocast, or None
     """
@@ -125,6 +126,8 @@ class SegNet(nn.Module):
         # An encoder puts the image itself first, and a transformer an empty map at stride 2: neither is a feature.
         self._strides = tuple(round(side / m.shape[-1]) for m in maps)
         self._real = tuple(m is not image and m.shape[1] > 0 for m in maps)
+        self.widths = tuple(m.shape[1] for m, real in zip(maps, self._real, strict=True) if real)
+        self.strides = tuple(stride for stride, real in zip(self._strides, self._real, strict=True) if real)
         self.width, self.stride = fused.shape[1], round(side / fused.shape[-1])
         assert logits.shape[-2:] == fused.shape[-2:], "a head whose convolution changes the size"
 
@@ -182,12 +185,14 @@ class SegNet(nn.Module):
         """
         with autocast(fused, self.precision):
             logits: Tensor = full(self.head(fused))
-        if size is None:
-            return logits
+        return logits if size is None else self.enlarge(logits, size, self.stride)
+
+    def enlarge(self, logits: Tensor, size: tuple[int, int], stride: int) -> Tensor:
+        """A map (B, C, h, w) of the padded image at `stride` -> (B, C, H, W) for an image of `size` (H, W)."""
         if self.align_corners:
             return F.interpolate(logits, size=size, mode="bilinear", align_corners=True)
-        if self.stride > 1:
-            padded = (logits.shape[-2] * self.stride, logits.shape[-1] * self.stride)
+        if stride > 1:
+            padded = (logits.shape[-2] * stride, logits.shape[-1] * stride)
             logits = F.interpolate(logits, size=padded, mode="bilinear", align_corners=False)
         return logits[..., : size[0], : size[1]]
 

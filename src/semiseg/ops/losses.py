@@ -79,6 +79,17 @@ def binary_cross_entropy(logits: Tensor, target: float, counted: Tensor) -> Shar
     return Share((nats * counted).sum(), counted.sum().to(nats.dtype))
 
 
+def squared_difference(logits: Tensor, probs: Tensor, counted: Tensor) -> Share:
+    """Squared distance of two distributions, 0..2 a pixel: the consistency loss of a mean teacher.
+
+    logits (B, C, H, W), of the student; probs (B, C, H, W), the teacher's; counted (B, H, W) bool. The sum over the
+    classes, as CutMix-Seg has it (French et al., BMVC 2020); Tarvainen & Valpola's mean over them is that over C.
+    """
+    wide = _wide(logits)
+    distance = (wide.softmax(1) - probs.detach().to(wide.dtype)).square().sum(1)
+    return Share((distance * counted).sum(), counted.sum().to(wide.dtype))
+
+
 def class_weights(counts: Tensor) -> Tensor:
     """Weights that lift rare classes: 1 / sqrt(count), scaled to a mean of 1 over the classes that occur.
 
