@@ -259,6 +259,26 @@ def test_option_of_advsemiseg(refused: Command, tmp_path: Path, overrides: str, 
 
 
 @pytest.mark.parametrize(
+    ("method", "override", "expected"),
+    [
+        ("fixmatch", "cutmix_area=[0.6,0.4]", "cutmix_area goes from 0.6 down to 0.4: put the smaller number first."),
+        ("cutmixseg", "area=[0.6,0.4]", "area goes from 0.6 down to 0.4: put the smaller number first."),
+        ("meanteacher", "weight=-1", "weight is -1, but it should be at least 0."),
+        ("meanteacher", "ramp=2", "ramp is 2, but it should be at most 1."),
+        ("meanteacher", "ema=1", "ema is 1, but it should be below 1."),
+        ("cutmixseg", "threshold=1.01", "threshold is 1.01, but it should be at most 1."),
+        ("cutmixseg", "confidence=image", "confidence is 'image', but it should be batch, pixel or none."),
+        ("cutmixseg", "mask=box", "mask is 'box', but it should be cutmix or cutout."),
+        ("u2pl", "warm_up=1", "warm_up is 1, but it should be below 1."),
+        ("u2pl", "alpha=101", "alpha is 101, but it should be at most 100."),
+        ("u2pl", "temperature=0", "temperature is 0, but it should be above 0."),
+    ],
+)
+def test_option_of_another_method(refused: Command, method: str, override: str, expected: str) -> None:
+    assert refused(f"method={method}", f"method.{override}") == f"method.{expected}"
+
+
+@pytest.mark.parametrize(
     ("text", "expected"),
     [
         ("", "r.yaml is not a recipe: write sections such as data, method and train into it."),
@@ -268,7 +288,10 @@ def test_option_of_advsemiseg(refused: Command, tmp_path: Path, overrides: str, 
         ("train: {steps: 5}", "r.yaml: data is missing: write it there."),
         ("data: {format: folder}", "r.yaml: data.root is missing: write it there."),
         ("data: {root: x}\nfoo: 1", "r.yaml: foo is unknown; known: data, evaluate, method, "),
-        ("data: {root: x}\nmethod: 3", "r.yaml: method has no name: give one, supervised or fixmatch or advsemiseg."),
+        (
+            "data: {root: x}\nmethod: 3",
+            "r.yaml: method has no name: give one, supervised or fixmatch or advsemiseg or ",
+        ),
         ("data: {root: x}\nmethod: {ema: 2}", "r.yaml: method.ema is 2, but it should be below 1."),
         ("data: {root: x}\noptim: {rate: 2}", "r.yaml: optim.rate is unknown; did you mean "),
     ],

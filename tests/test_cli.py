@@ -318,7 +318,7 @@ def test_a_method_in_python_that_is_wrong(recipe: Path, tmp_path: Path) -> None:
         strength: float = 1.0
 
     cases: tuple[tuple[dict[str, Any], str], ...] = (
-        ({"method": Mine()}, 'belongs to none of supervised, fixmatch, advsemiseg: give {"name": "file.py:Class"'),
+        ({"method": Mine()}, f'belongs to none of {", ".join(methods.METHODS)}: give {{"name": "file.py:Class"'),
         ({"method": "supervised", "threshold": 0.9}, "method.threshold is unknown"),
         ({"treshold": 0.9}, "treshold is no option; did you mean threshold or "),
         ({"name": "fpn"}, "name stands in several sections"),

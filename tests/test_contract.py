@@ -22,13 +22,26 @@ MOVES: Mapping[str, Mapping[str, Sequence[Move]]] = {
         "semi_start": (Move(0.0), Move(0.5)),
         "critic_scale": (Move(2.0),),
         "real_smoothing": (Move(0.1),),
-    }
+    },
+    "u2pl": {
+        "auxiliary": (Move(0.4), Move(0.8, {"auxiliary": 0.4})),
+        "warm_up": (Move(0.0), Move(0.5)),
+        "least": (Move(0.3),),
+        "rank_low": (Move(2),),
+        "rank_high": (Move(2),),
+    },
 }
+OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    "u2pl": {"least": 0.0, "width": 16, "queue": 100, "queue_first": 150, "push": 40, "anchors": 64, "keys": 20},
+}
+"""What would sleep in so short a run: no class but one has anchors, and no queue is full."""
 SELECTING: Mapping[str, tuple[Mapping[str, Any], Sequence[str]]] = {
     "fixmatch": ({"threshold": 0.4147}, ["confident"]),
     "advsemiseg": ({"threshold": 0.499318, "semi_start": 0.0}, ["selected"]),
+    "cutmixseg": ({"threshold": 0.4147}, ["confident"]),
+    "u2pl": ({"weight": 0.0}, ["reliable"]),  # anchors and keys are drawn by each process: see test_processes.py
 }
-"""Options by which some pixels are selected from the first step on, and the scalar that tells their share."""
+"""More options, by which some pixels are selected from the first steps on, and the scalar that tells their share."""
 IDLE: Mapping[str, Mapping[str, str]] = {}
 WITHOUT_UNLABELLED = {"supervised"}
 
@@ -38,6 +51,10 @@ every_method = pytest.mark.parametrize("method", METHODS)
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SEMISEG_CACHE", str(tmp_path / "cache"))
+
+
+def case_of(method: str, folder: Path) -> Case:
+    return Case(method, folder, OPTIONS[method] if method in OPTIONS else {})
 
 
 @every_method
@@ -55,25 +72,25 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ids=lambda check: check.__name__,
 )
 def test_contract(method: str, check: Callable[[Case], None], tmp_path: Path) -> None:
-    check(Case(method, tmp_path))
+    check(case_of(method, tmp_path))
 
 
 @every_method
 def test_two_processes_end_like_one(method: str, tmp_path: Path) -> None:
     options, shares = SELECTING[method] if method in SELECTING else ({}, ())
-    testing.check_processes(Case(method, tmp_path, options), shares)
+    testing.check_processes(case_of(method, tmp_path).with_options(options), shares)
 
 
 @every_method
 def test_unlabelled_images_matter(method: str, tmp_path: Path) -> None:
-    testing.check_unlabelled(Case(method, tmp_path), used=method not in WITHOUT_UNLABELLED)
+    testing.check_unlabelled(case_of(method, tmp_path), used=method not in WITHOUT_UNLABELLED)
 
 
 @every_method
 def test_every_option_is_alive(method: str, tmp_path: Path) -> None:
     moves = MOVES[method] if method in MOVES else None
     idle = IDLE[method] if method in IDLE else None
-    testing.check_options(Case(method, tmp_path), moves, idle)
+    testing.check_options(case_of(method, tmp_path), moves, idle)
 
 
 # ---- methods of an outsider ------------------------------------------------------------------------------------------

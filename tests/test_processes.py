@@ -1,5 +1,6 @@
 """Several processes: what they say to one another, and runs by torchrun. `testing.check_processes` has the methods."""
 
+import math
 import os
 import signal
 import subprocess
@@ -77,6 +78,63 @@ def test_what_two_processes_tell_each_other() -> None:
     for process in both:
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors.decode()
+
+
+# U2PL's draws belong to a process; what they are drawn from does not. Class 2 has anchors in half of the batch only.
+SPY = textwrap.dedent("""
+    from unittest import mock
+
+    import torch
+
+    from semiseg import parallel
+    from semiseg.methods import U2PL, u2pl
+    from semiseg.types import IGNORE
+
+
+    class Spy(U2PL):
+        def __init__(self, config, build):
+            super().__init__(config, build)
+            self.register_buffer("positive", torch.zeros(build.classes, config.width))
+            self.register_buffer("told", torch.zeros(2))
+
+        def _contrast(self, mask, label, *rest):
+            mask, label = mask.clone(), label.clone()
+            for labels in (mask[:4], label[:4]):
+                if parallel.rank() == 0:
+                    labels[labels == 2] = IGNORE
+            with mock.patch.object(u2pl, "contrast", wraps=u2pl.contrast) as contrast:
+                share, scalars = super()._contrast(mask, label, *rest)
+            self.positive.copy_(contrast.call_args.args[1])
+            used = parallel.added(share.count)
+            self.told.copy_(torch.stack([parallel.added(share.total) / used, used]))
+            return share, scalars
+""")
+ROOM = 4096
+
+
+def test_two_processes_have_the_prototypes_and_queues_of_one(tmp_path: Path) -> None:
+    """In one step that takes every negative; at so high a temperature an anchor's loss is ln(1 + keys)."""
+    (tmp_path / "own.py").write_text(SPY, encoding="utf-8")
+    options = {"warm_up": 0.5, "alpha": 60.0, "quantile": "exact", "least": 0.0, "temperature": 1e9, "width": 8}
+    options |= {"push": ROOM, "queue": ROOM, "queue_first": ROOM}
+    case = testing.Case("own.py:Spy", tmp_path, options, base=tmp_path)
+    one = testing._three_steps(case, "one process").checkpoints()
+    port = testing._free_port()
+    for process in [testing._launch(case, rank, port) for rank in (0, 1)]:
+        said, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, said.decode()
+    two = testing.Result({}, tmp_path / "two processes").checkpoints()
+
+    before, after = ({name.partition(":method.")[2]: tensor for name, tensor in run.items()} for run in (one, two))
+    fill = before["bank.fill"]
+    assert all(0 < count < ROOM for count in fill.tolist())
+    assert torch.equal(after["bank.fill"], fill)
+    for old, new, count in zip(before["bank.keys"].split(ROOM), after["bank.keys"].split(ROOM), fill, strict=True):
+        assert sorted(old[:count].tolist()) == sorted(new[:count].tolist())
+    assert before["positive"].norm(dim=1).min() > 0
+    torch.testing.assert_close(after["positive"], before["positive"], rtol=0, atol=1e-9)
+    assert after["told"].tolist() == pytest.approx(before["told"].tolist(), rel=1e-6)
+    assert before["told"].tolist() == pytest.approx([math.log(51), 3], rel=1e-6)
 
 
 @pytest.fixture(scope="module")

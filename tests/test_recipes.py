@@ -46,6 +46,11 @@ NAMES = {
         "val": ["005506_0", "225091_1"],
         "unlabeled": ["000114_0", "278364_1", "900001_2"],
     },
+    "dsb2018": {
+        "train": ["0a7d30b2", "0d2bf916", "1b44d22f", "4e1c0f7b"],
+        "val": ["00ae65c1", "0bf4b144"],
+        "test": ["0f1f896d", "17b9bf43"],
+    },
     "voc2012": {
         "train": ["2007_000032", "2007_000039", "2008_000002", "2010_000003"],
         "val": ["2007_000033", "2009_000001"],
@@ -59,6 +64,7 @@ NAMES = {
 CLASSES_OF = {
     "camvid": CAMVID,
     "idd_lite": IDD_LITE,
+    "dsb2018": ("background", "nucleus"),
     "voc2012": CLASSES["voc"][0],
     "cityscapes": CLASSES["cityscapes"][0],
 }
@@ -113,7 +119,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(0)
     write_voc(folder / "voc2012", rng)
     write_cityscapes(folder / "cityscapes", rng)
-    for name, classes in (("camvid", CAMVID), ("idd_lite", IDD_LITE)):
+    for name, classes in (("camvid", CAMVID), ("idd_lite", IDD_LITE), ("dsb2018", CLASSES_OF["dsb2018"])):
         palette = default_palette(len(classes))
         for split, stems in NAMES[name].items():
             (folder / name / "images" / split).mkdir(parents=True)
@@ -148,6 +154,8 @@ def test_two_steps_an_evaluation_and_a_prediction(
     ]  # fmt: skip
     everything = recipe.data.labelled == "all"
     small += [] if everything else ["data.labelled=2"]
+    # Queues in the checkpoint of two steps would be hundreds of MB.
+    small += ["method.queue=64", "method.queue_first=64", "method.push=64"] if recipe.method.name == "u2pl" else []
     small += ["network.encoder=test_resnet"] if recipe.network.encoder.startswith("resnet") else []
 
     threads = torch.get_num_threads()

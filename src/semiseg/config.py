@@ -172,6 +172,7 @@ def build_of(recipe: Recipe, data: Data, device: torch.device, base: Path | None
         base=base,
         device=device,
         class_pixels=lambda: class_pixels(data),
+        names=data.classes,
     )
 
 
@@ -221,7 +222,9 @@ def _explain(
         option = prefix + ".".join(map(str, location))
         sentence = f"{option} is unknown; {nearest(str(location[-1]), siblings)}"
     elif kind == "value_error":
-        sentence = f"{first['msg'].removeprefix('Value error, ')}."
+        said = first["msg"].removeprefix("Value error, ")
+        # That of one option need not name it; one of a section names the options that do not fit together.
+        sentence = f"{said}." if not place or option in said else f"{option} {said}."
     elif kind == "missing" and location == place:
         sentence = f"{option} is missing: write it there."
     else:

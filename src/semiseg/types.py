@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 if TYPE_CHECKING:  # the command line imports this file first, and torch takes seconds
     import torch
@@ -160,6 +160,18 @@ class Options(BaseModel):
 
 
 Side = Annotated[int, Field(gt=0)]
+
+
+def _ascending(limits: tuple[float, float]) -> tuple[float, float]:
+    if limits[0] > limits[1]:
+        raise ValueError(f"goes from {limits[0]:g} down to {limits[1]:g}: put the smaller number first")
+    return limits
+
+
+Portions = Annotated[
+    tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]], AfterValidator(_ascending)
+]
+"""A range of shares, smallest and largest."""
 
 
 class InferenceConfig(Options):

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from semiseg.files import appending, replacing, write_text
 
-PANELS = {"loss": "losses", "rate": "learning rates", "val": "validation", "": "other"}
+PANELS = {"loss": "losses", "rate": "learning rates", "val": "validation", "queue/": "keys a class", "": "other"}
 """Which panel of curves.png a metric belongs to, by how its name begins; the first that fits."""
 
 BAR = 16
@@ -68,7 +68,8 @@ class Log:
             return
         done = step + 1
         seconds = (self.total - done) * (time.monotonic() - self.began) / (done - self.start)
-        numbers = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        # Not what there is of every class: that is for metrics.csv.
+        numbers = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if "/" not in name)
         left = timedelta(seconds=round(seconds))
         # The numbers last: a narrow terminal cuts the end.
         text = f"{done}/{self.total}  {left} left  {rate:.1f} images/s  {peak_memory():.1f} GB  {numbers}"

@@ -4,8 +4,11 @@ from pathlib import Path
 
 from semiseg.methods.advsemiseg import AdvSemiSeg
 from semiseg.methods.base import Method, StepMethod
+from semiseg.methods.cutmixseg import CutMixSeg
 from semiseg.methods.fixmatch import FixMatch
+from semiseg.methods.meanteacher import MeanTeacher
 from semiseg.methods.supervised import Supervised
+from semiseg.methods.u2pl import U2PL
 from semiseg.networks.factory import load_object
 from semiseg.types import InputError, Options, nearest
 
@@ -13,6 +16,9 @@ METHODS: dict[str, type[Method]] = {
     "supervised": Supervised,
     "fixmatch": FixMatch,
     "advsemiseg": AdvSemiSeg,
+    "meanteacher": MeanTeacher,
+    "cutmixseg": CutMixSeg,
+    "u2pl": U2PL,
 }
 
 DEFAULT = "fixmatch"
@@ -50,4 +56,17 @@ def _describe(config: type[Options], before: str) -> dict[str, tuple[str, str]]:
     return found
 
 
-__all__ = ["DEFAULT", "METHODS", "AdvSemiSeg", "FixMatch", "Method", "StepMethod", "Supervised", "describe", "find"]
+__all__ = [
+    "DEFAULT",
+    "METHODS",
+    "U2PL",
+    "AdvSemiSeg",
+    "CutMixSeg",
+    "FixMatch",
+    "MeanTeacher",
+    "Method",
+    "StepMethod",
+    "Supervised",
+    "describe",
+    "find",
+]

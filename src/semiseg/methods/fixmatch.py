@@ -4,6 +4,7 @@ Sohn et al., "FixMatch", NeurIPS 2020, in the form that segmentation papers comp
 2023), with a mean teacher (Tarvainen & Valpola, 2017) and CutMix (Yun et al., ICCV 2019).
 
 Deliberate differences from the released UniMatch code:
+
 - the labels come from an EMA teacher in eval mode, not from the student's own training-mode forward;
 - the CutMix partner is always another image (released: the same image, differently cropped);
 - padding is invalid for unlabelled images by the crop itself, no mask file is opened;
@@ -28,7 +29,7 @@ from semiseg.ops.losses import masked_cross_entropy
 from semiseg.ops.mix import cutmix_box, mix
 from semiseg.ops.norm import kept_statistics
 from semiseg.ops.pseudo import pseudo_label
-from semiseg.types import Clock, Labelled, Options, Unlabelled
+from semiseg.types import Clock, Labelled, Options, Portions, Unlabelled
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -60,7 +61,7 @@ class FixMatch(StepMethod):
         """Range of the blur's standard deviation in px; papers' crops are 321 to 801 px wide, small ones need less."""
         cutmix: Share = 0.5
         """Share of the images that get a box of another image."""
-        cutmix_area: tuple[Share, Share] = (0.02, 0.4)
+        cutmix_area: Portions = (0.02, 0.4)
         """Range of the box's share of the image."""
 
         @model_validator(mode="after")
