@@ -19,6 +19,7 @@ import torch
 from semiseg import methods
 from semiseg.config import Recipe
 from semiseg.data.splits import Data
+from semiseg.engine import checkpoint
 from semiseg.files import finite, write_text
 from semiseg.methods import StepMethod
 from semiseg.networks.factory import Build
@@ -117,6 +118,16 @@ def build_method(recipe: Recipe, data: Data, device: torch.device, base: Path) -
     if not isinstance(method, StepMethod):
         raise InputError(f"{recipe.method.name} has several stages: its steps are those of the methods it is made of.")
     return method.to(device)
+
+
+def load_method(recipe: Recipe, data: Data, folder: Path) -> StepMethod:
+    """The method of a run on the CPU, everything as it was after its last step, in eval mode."""
+    state = checkpoint.load(folder / "checkpoints")
+    if state is None:
+        raise InputError(f"{folder} has no checkpoint: remove the folder and measure again.")
+    method = build_method(recipe, data, torch.device("cpu"), folder)
+    method.load_state_dict(state["method"])
+    return method.eval()
 
 
 def train(path: Path, folder: Path, overrides: Sequence[str], seconds: float | None) -> bool:

@@ -1,6 +1,7 @@
 """What AdvSemiSeg's confidence map knows: is it higher where the prediction is right, and what makes it so?
 
-    python benchmarks/critic.py [RECIPE] --out FILE.json [--seed 0] [--steps N] [--only NAME...] [--images N] [--json]
+    python benchmarks/critic.py [RECIPE] --out FILE.json [--seed 0] [--steps N] [--only NAME...] [--images N]
+                                [--no-photo] [--json]
 
 Trains the recipe in the variants of VARIANTS, or takes the runs of the same call before; then the last network labels
 the unlabelled training images as a whole, the last critic judges the labels, and both are compared with the masks that
@@ -12,25 +13,23 @@ image with its mask, the prediction, the confidence map and the selected region 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from common import ROOT, finish, parser, run_script, table, train
+from common import ROOT, finish, load_method, parser, run_script, table, train
 from ledger import Job, digest, flat_options, name_of
-from matplotlib.figure import Figure
-from mechanism import with_masks
+from mechanism import coloured, draw_panels, with_masks
 from numpy.typing import NDArray
 
-from semiseg.config import Recipe, build_of, load_recipe
+from semiseg.config import Recipe, load_recipe
 from semiseg.data.cache import open_image, open_mask
 from semiseg.data.rows import Row, Rows
 from semiseg.data.splits import Data
-from semiseg.engine import checkpoint
 from semiseg.engine.evaluate import ahead, to_tensor
-from semiseg.engine.predict import blend
-from semiseg.files import replacing, write_json
+from semiseg.files import write_json
 from semiseg.methods import AdvSemiSeg
 from semiseg.types import IGNORE, InputError
 
@@ -80,19 +79,12 @@ class Judged:
         }
 
 
-def load_method(recipe: Recipe, data: Data, folder: Path) -> AdvSemiSeg:
+def load_critic(recipe: Recipe, data: Data, folder: Path) -> AdvSemiSeg:
     """Network and critic as they were after the last step."""
-    options = recipe.method.options
-    if not isinstance(options, AdvSemiSeg.Config):
+    method = load_method(recipe, data, folder)
+    if not isinstance(method, AdvSemiSeg):
         raise InputError(f"{folder}: {recipe.method.name} has no critic.")
-    build = build_of(recipe.model_copy(update={"network": recipe.network.model_copy(update={"weights": "random"})}),
-                     data, torch.device("cpu"))  # fmt: skip
-    method = AdvSemiSeg(options, build)
-    state = checkpoint.load(folder / "checkpoints")
-    if state is None:
-        raise InputError(f"{folder} has no checkpoint: remove the folder and measure again.")
-    method.load_state_dict(state["method"])
-    return method.eval()
+    return method
 
 
 @torch.no_grad()
@@ -116,7 +108,14 @@ def measure(method: AdvSemiSeg, rows: Rows, data: Data) -> Judged:
 
 
 def run(
-    path: Path, seed: int, steps: int | None, only: Sequence[str], images: int | None, runs: Path, picture: Path
+    path: Path,
+    seed: int,
+    steps: int | None,
+    only: Sequence[str],
+    images: int | None,
+    runs: Path,
+    picture: Path,
+    photo: bool = True,
 ) -> list[dict[str, Any]]:
     """One line of results a variant."""
     found = []
@@ -131,10 +130,10 @@ def run(
         data, rows = with_masks(recipe, folder)
         if images is not None:
             rows = rows[np.unique(np.linspace(0, len(rows) - 1, images).astype(np.intp))]
-        method = load_method(recipe, data, folder)
+        method = load_critic(recipe, data, folder)
         judged = measure(method, rows, data)
         if name == "as it is":
-            draw(method, rows[len(rows) // 2], data, picture)
+            draw(method, rows[len(rows) // 2], data, picture, photo)
         results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         found.append({
             "variant": name, "steps": recipe.train.steps, "images": len(rows), "auroc": judged.auroc(),
@@ -145,25 +144,17 @@ def run(
     return found
 
 
-def draw(method: AdvSemiSeg, row: Row, data: Data, path: Path) -> None:
-    """Image with mask, prediction, confidence, and what is selected."""
+def draw(method: AdvSemiSeg, row: Row, data: Data, path: Path, photo: bool) -> None:
+    """Prediction, confidence, and what is selected; with `photo` on the image, and the mask before them."""
     image, mask, label, confidence = look(method, row, data)
     chosen = np.where(confidence >= method.config.threshold, label, IGNORE)
-    figure = Figure(figsize=(13, 2.9), layout="constrained")
+    colour = partial(coloured, image if photo else None, palette=data.palette)
     panels = [
-        ("mask", blend(image, mask, data.palette)),
-        ("prediction", blend(image, label.astype(np.uint8), data.palette)),
+        ("prediction", colour(label)),
         ("the critic's confidence", confidence),
-        (f"selected at {method.config.threshold:g}", blend(image, chosen.astype(np.uint8), data.palette)),
+        (f"selected at {method.config.threshold:g}", colour(chosen)),
     ]
-    for axes, (title, pixels) in zip(figure.subplots(1, len(panels)), panels, strict=True):
-        shown = axes.imshow(pixels, vmin=0, vmax=1, cmap="viridis") if pixels.ndim == 2 else axes.imshow(pixels)
-        axes.set_title(title)
-        axes.axis("off")
-        if pixels.ndim == 2:
-            figure.colorbar(shown, ax=axes, shrink=0.8)
-    with replacing(path) as part:
-        figure.savefig(part, dpi=110)
+    draw_panels(path, [("mask", colour(mask)), *panels] if photo else panels, (0.0, 1.0))
 
 
 def as_text(lines: list[dict[str, Any]]) -> str:
@@ -191,10 +182,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--steps", type=int, help="of every run; else the recipe's")
     options.add_argument("--only", nargs="+", default=(), metavar="NAME", help="some of the variants")
     options.add_argument("--images", type=int, help="at most so many, evenly spaced; else all")
+    options.add_argument("--no-photo", action="store_true", help="the picture shows nothing of the data set itself")
     options.add_argument("--runs", type=Path, default=ROOT / "benchmarks/runs")
     given = options.parse_args(arguments)
     out = given.out.with_suffix(".json")
-    lines = run(given.recipe, given.seed, given.steps, given.only, given.images, given.runs, out.with_suffix(".png"))
+    picture, photo = out.with_suffix(".png"), not given.no_photo
+    lines = run(given.recipe, given.seed, given.steps, given.only, given.images, given.runs, picture, photo)
     write_json(out, {"recipe": name_of(given.recipe), "seed": given.seed, "variants": lines})
     finish({"variants": lines}, as_text(lines), given.json)
 

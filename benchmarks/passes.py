@@ -13,7 +13,7 @@ from semiseg.data.formats import MaskCode
 from semiseg.data.rows import Rows
 from semiseg.data.sampling import Stream
 from semiseg.data.splits import Data, default_palette
-from semiseg.methods import AdvSemiSeg, FixMatch, StepMethod, Supervised
+from semiseg.methods import U2PL, AdvSemiSeg, CutMixSeg, FixMatch, MeanTeacher, StepMethod, Supervised
 from semiseg.ops.colour import to_float
 from semiseg.types import VIEW, Clock, InputError, Labelled, Unlabelled
 
@@ -23,12 +23,20 @@ Batches = dict[str, Labelled | Unlabelled]
 Passes = Callable[[], None]
 
 
-def _there_and_back(net: nn.Module, inputs: Sequence[Tensor], of_inputs: bool = False) -> Passes:
-    """Forwards of the inputs, then one backward from given gradients, to the weights or to the inputs."""
+def _there_and_back(
+    net: nn.Module,
+    inputs: Sequence[Tensor],
+    of_inputs: bool = False,
+    of: Callable[[Tensor], list[Tensor]] | None = None,
+) -> Passes:
+    """Forwards of the inputs, then one backward from given gradients, to the weights or to the inputs.
+
+    `of` names the network's outputs for an input, where they are not one tensor.
+    """
     gradients: list[Tensor] = []
 
     def passes() -> None:
-        outputs = [net(x) for x in inputs]
+        outputs = [output for x in inputs for output in (of(x) if of else [net(x)])]
         if not gradients:
             gradients.extend(torch.randn_like(output) * 1e-6 for output in outputs)
         torch.autograd.backward(outputs, gradients, inputs=list(inputs) if of_inputs else None)
@@ -74,10 +82,39 @@ def least_advsemiseg(
     ]
 
 
+def least_meanteacher(method: MeanTeacher, labelled: Labelled, unlabelled: Unlabelled) -> list[Passes]:
+    """Student forward and backward on 2B at once; teacher's forward on 2B: the loss is on labelled images too."""
+    images = torch.cat([to_float(labelled.image), to_float(unlabelled.image)])
+    return [torch.no_grad()(lambda: method.teacher(images)), _there_and_back(method.student, [images])]
+
+
+def least_cutmixseg(method: CutMixSeg, labelled: Labelled, unlabelled: Unlabelled) -> list[Passes]:
+    """Student forward and backward on 2B, apart; teacher's forward on B."""
+    images = [labelled.image, to_float(unlabelled.image)]
+    return [torch.no_grad()(lambda: method.teacher(unlabelled.image)), _there_and_back(method.student, images)]
+
+
+def least_u2pl(method: U2PL, labelled: Labelled, unlabelled: Unlabelled) -> list[Passes]:
+    """Student forward and backward on 2B with its heads; teacher's forward on 2B."""
+    images = torch.cat([to_float(labelled.image), to_float(unlabelled.image)])
+
+    half = slice(len(labelled.image), None)
+    teacher = torch.no_grad()(lambda: method.teacher(images, half))
+
+    def student(image: Tensor) -> list[Tensor]:
+        views = method.student(image)
+        return [views.logits, views.features, *([] if views.auxiliary is None else [views.auxiliary])]
+
+    return [teacher, _there_and_back(method.student, [images], of=student)]
+
+
 LEAST: dict[str, Callable[..., list[Passes]]] = {
     "supervised": least_supervised,
     "fixmatch": least_fixmatch,
     "advsemiseg": least_advsemiseg,
+    "meanteacher": least_meanteacher,
+    "cutmixseg": least_cutmixseg,
+    "u2pl": least_u2pl,
 }
 
 

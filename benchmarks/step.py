@@ -58,6 +58,16 @@ PARTS = {
     "binary_cross_entropy": "targets and loss",
     "cross_entropy": "targets and loss",
     "one_hot": "targets and loss",
+    "squared_difference": "targets and loss",
+    "entropy": "targets and loss",
+    "histogram": "targets and loss",
+    "threshold": "targets and loss",
+    "half_box": "targets and loss",
+    "candidates": "contrastive part",
+    "class_sums": "contrastive part",
+    "draw_keys": "contrastive part",
+    "draw_anchors": "contrastive part",
+    "contrast": "contrastive part",
     "ema_update": "teacher's update",
 }
 """What the functions that a method's file imports belong to."""
