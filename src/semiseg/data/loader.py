@@ -62,10 +62,11 @@ class Steps(Dataset["Item | InputError"]):
 
     def _labelled(self, stream: Stream, draw: Draw) -> Labelled:
         samples = []
-        for number, key in zip(draw.rows, draw.keys, strict=True):
+        for number, key, (y, x) in zip(draw.rows, draw.keys, draw.centres.tolist(), strict=True):
             row = stream.rows[int(number)]
             image, mask = self._open_pair(row) if stream.images else self._open_mask(row)
-            samples.append(self._crop(image, mask, draw, np.random.default_rng(key)))
+            centre = (y, x) if y >= 0 else None
+            samples.append(self._crop(image, mask, draw, np.random.default_rng(key), centre))
         images, masks, valid = zip(*samples, strict=True)
         return Labelled(_stack(images), torch.stack(masks), torch.stack(valid), torch.from_numpy(draw.rows))
 
@@ -114,10 +115,15 @@ class Steps(Dataset["Item | InputError"]):
         return torch.zeros((0, *mask.shape), dtype=torch.uint8), mask
 
     def _crop(
-        self, image: Tensor, mask: Tensor | None, draw: Draw, rng: np.random.Generator
+        self,
+        image: Tensor,
+        mask: Tensor | None,
+        draw: Draw,
+        rng: np.random.Generator,
+        centre: tuple[int, int] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         config = self.data.config
-        return geometry(image, mask, draw.phase.crop, config.scale, config.flip, rng)
+        return geometry(image, mask, draw.phase.crop, config.scale, config.flip, rng, centre)
 
 
 def _channels_first(image: NDArray[Any]) -> Tensor:

@@ -11,6 +11,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from semiseg.data.centroids import Centroids
 from semiseg.data.rows import Rows
 
 Key = tuple[int, int, int, int]
@@ -34,13 +35,15 @@ class Phase:
 class Stream:
     """What a method asks for: a pool of rows, the phases, and the number of strong views a sample.
 
-    Without `images` only masks are opened, and the batch's images have no channel.
+    Without `images` only masks are opened, and the batch's images have no channel. With `centroids` a share of the
+    crops is drawn around the places of each class.
     """
 
     rows: Rows
     phases: tuple[Phase, ...]
     strong: int = 0
     images: bool = True
+    centroids: Centroids | None = None
 
     @cached_property
     def labelled(self) -> bool:
@@ -52,18 +55,21 @@ class Stream:
 
 @dataclass(frozen=True)
 class Draw:
-    """The samples of one step: row numbers (B,), keys, each slot's mixing partner (B,), and their phase."""
+    """The samples of one step: row numbers (B,), keys, each slot's mixing partner (B,), their phase, and (B, 2) the
+    (y, x) in px that each crop is drawn around, or -1."""
 
     rows: NDArray[np.int64]
     keys: tuple[Key, ...]
     partners: NDArray[np.int64]
     phase: Phase
+    centres: NDArray[np.int64]
 
     def block(self, rank: int, world: int) -> "Draw":
         """The part of process `rank` of `world`: a block of consecutive slots, in which partners stay."""
         size = len(self.rows) // world
         first, end = rank * size, (rank + 1) * size
-        return Draw(self.rows[first:end], self.keys[first:end], self.partners[first:end] - first, self.phase)
+        partners, centres = self.partners[first:end] - first, self.centres[first:end]
+        return Draw(self.rows[first:end], self.keys[first:end], partners, self.phase, centres)
 
 
 class Timetable:
@@ -119,11 +125,18 @@ def draws(stream: Stream, timetable: Timetable, name: str, seed: int, step: int)
     number, count = stream_number(name), len(stream.rows)
     positions = np.arange(start, start + phase.batch)
     rows = np.empty(phase.batch, dtype=np.int64)
+    centres = np.full((phase.batch, 2), -1, dtype=np.int64)
     for epoch in range(positions[0] // count, positions[-1] // count + 1):
         inside = positions // count == epoch
-        rows[inside] = epoch_order(count, seed, number, epoch)[positions[inside] % count]
+        place = positions[inside] % count
+        if stream.centroids is None:
+            rows[inside] = epoch_order(count, seed, number, epoch)[place]
+        else:
+            order, around = stream.centroids.epoch(count, seed, number, epoch)
+            rows[inside], centres[inside] = order[place], around[place]
     keys = tuple((seed, number, int(position), SAMPLE) for position in positions)
-    return Draw(rows, keys, _partners(rows, np.random.default_rng((seed, number, step, PARTNER))), phase)
+    partners = _partners(rows, np.random.default_rng((seed, number, step, PARTNER)))
+    return Draw(rows, keys, partners, phase, centres)
 
 
 def _partners(rows: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:

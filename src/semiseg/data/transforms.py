@@ -18,6 +18,7 @@ def geometry(
     scale: tuple[float, float],
     flip: bool,
     rng: np.random.Generator,
+    centre: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Draws one training crop.
 
@@ -31,13 +32,15 @@ def geometry(
         scale: range of the factor on the image, drawn uniformly.
         flip: mirror half of the samples.
         rng: the sample's own generator.
+        centre: (y, x) in px of the image, a pixel that is to be in the crop.
 
     Returns:
         image (N, height, width) in the same depth, mask (height, width) uint8, valid (height, width) bool.
     """
     factor, at_y, at_x, mirrored = rng.uniform(*scale), rng.random(), rng.random(), flip and rng.random() < 0.5
-    top, cut_h, out_h = _span(image.shape[1], crop[0], factor, at_y)
-    left, cut_w, out_w = _span(image.shape[2], crop[1], factor, at_x)
+    y, x = centre or (None, None)
+    top, cut_h, out_h = _span(image.shape[1], crop[0], factor, at_y, y)
+    left, cut_w, out_w = _span(image.shape[2], crop[1], factor, at_x, x)
 
     crop_image = image.new_zeros((len(image), *crop))
     crop_image[:, :out_h, :out_w] = _resize(image[:, top : top + cut_h, left : left + cut_w], (out_h, out_w))
@@ -52,10 +55,12 @@ def geometry(
     return crop_image, crop_mask, valid
 
 
-def _span(side: int, crop: int, factor: float, at: float) -> tuple[int, int, int]:
+def _span(side: int, crop: int, factor: float, at: float, centre: int | None) -> tuple[int, int, int]:
     """Along one side, in px: where the cut starts, how long it is in the file, and how long it is in the crop."""
     cut = min(side, max(1, round(crop / factor)))
     out = crop if cut < side else min(crop, max(1, round(side * factor)))
+    if centre is not None:  # anywhere in the cut, as far as the border allows
+        return min(max(centre - cut + 1 + int(at * cut), 0), side - cut), cut, out
     return int(at * (side - cut + 1)), cut, out
 
 

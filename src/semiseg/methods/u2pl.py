@@ -253,7 +253,7 @@ class U2PL(StepMethod):
         used = present & (self.bank.fill > 0) & (present.sum() > 1)
         weight = (used & here) / (each * processes.squeeze(1).clamp(min=1))
         share = Share((nats.sum(1) * weight).sum(), used.sum().to(nats.dtype) / world)
-        told = {"nearest": (nearest.sum(1) * weight).sum() / used.sum()}
+        told = {"nearest": (nearest.sum(1) * weight).sum() * world / used.sum()}  # the mean over processes is logged
         names = self.build.names or map(str, range(classes))
         return share, told | {f"queue/{name}": fill for name, fill in zip(names, self.bank.fill, strict=True)}
 

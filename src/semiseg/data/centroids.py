@@ -1,0 +1,203 @@
+"""Where classes are in masks, so that a share of the crops can be drawn around each of them alike.
+
+Source: the uniform sampling of Zhu et al. 2019 (arXiv:1812.01593), which their self-training (arXiv:2004.14960) uses.
+"""
+
+import contextlib
+from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import blake2b
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from semiseg.data.cache import cache_dir, open_mask
+from semiseg.data.rows import Rows
+from semiseg.data.splits import Data
+from semiseg.files import replacing
+from semiseg.types import InputError
+
+Mask = NDArray[np.uint8]
+LEAST = 64
+"""px of a class in a tile that count as presence: single stray ones are noise, in pseudo-labels above all."""
+
+
+@dataclass(frozen=True, eq=False)
+class Centroids:
+    """One place a class and tile of every mask, class after class.
+
+    row, y, x (n,) int32: row number in the pool, and px in the mask at the size that training works on; the place is of
+    its class. first (C + 1,): class c has the places first[c] to first[c + 1].
+    share: of an epoch's crops that are drawn around a place, 0..1.
+    """
+
+    row: NDArray[np.int32]
+    y: NDArray[np.int32]
+    x: NDArray[np.int32]
+    first: NDArray[np.int64]
+    share: float
+
+    @property
+    def counts(self) -> NDArray[np.int64]:
+        """(C,) places of each class."""
+        return np.diff(self.first)
+
+    def epoch(self, rows: int, seed: int, stream: int, number: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """One epoch's samples: row numbers (rows,), and (y, x) of the place each is drawn around (rows, 2), or -1.
+
+        Every class that there is gets the same number of crops, by its places in a shuffled order that goes on from
+        epoch to epoch; the other crops go through the rows in the same manner.
+        """
+        return _epoch(self, rows, seed, stream, number)
+
+
+@lru_cache(maxsize=8)
+def _epoch(
+    centroids: Centroids, rows: int, seed: int, stream: int, number: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    present = np.flatnonzero(centroids.counts)
+    each = int(centroids.share * rows) // max(1, len(present))
+    chosen = [
+        centroids.first[c] + _slice(int(centroids.counts[c]), number * each, each, (seed, stream, int(c)))
+        for c in present
+    ]
+    places = np.concatenate([np.zeros(0, np.int64), *chosen])
+    free = rows - len(places)
+    random = _slice(rows, number * free, free, (seed, stream, len(centroids.counts)))
+    row = np.concatenate([centroids.row[places], random]).astype(np.int64)
+    at = np.full((rows, 2), -1, dtype=np.int64)
+    at[: len(places)] = np.stack([centroids.y[places], centroids.x[places]], 1)
+    order = np.random.default_rng((seed, stream, number, _SHUFFLE)).permutation(rows)
+    return row[order], at[order]
+
+
+_SHUFFLE, _ORDER = 4, 5
+"""What a generator is for, beside those of `sampling`."""
+
+
+def _slice(count: int, start: int, length: int, key: tuple[int, ...]) -> NDArray[np.int64]:
+    """Numbers start to start + length of an endless sequence: one shuffled order of 0..count-1 after another."""
+    turns, places = np.divmod(np.arange(start, start + length), max(1, count))
+    found = np.empty(length, dtype=np.int64)
+    for turn in np.unique(turns):
+        inside = turns == turn
+        found[inside] = np.random.default_rng((*key, int(turn), _ORDER)).permutation(count)[places[inside]]
+    return found
+
+
+def places(mask: Mask, classes: int, tile: tuple[int, int], least: int = LEAST) -> NDArray[np.int64]:
+    """The places of one mask (H, W): (n, 3) of class, y, x, one for each class that a tile (h, w) has `least` px of.
+
+    The place is the centre of mass; where that is of another class, the nearest pixel of the class in the tile, in the
+    nearest row that has one. Tiles at the right and bottom border may be smaller.
+    """
+    height, width = mask.shape
+    kinds = classes + 1  # IGNORE is the class behind the last
+    label = np.minimum(mask, classes)
+    y, x = np.arange(height), np.arange(width)
+    tile_y, tile_x = y // tile[0], x // tile[1]
+    down, across = int(tile_y[-1]) + 1, int(tile_x[-1]) + 1
+    # Histograms of rows and of columns, from which the sums of a tile follow: one with weights takes far longer.
+    key = label + tile_x * kinds
+    key += (y * across * kinds)[:, None]
+    rows = np.bincount(key.ravel(), minlength=height * across * kinds).reshape(height, across * kinds)
+    key += (x * down - tile_x) * kinds
+    key += ((tile_y - y * across) * kinds)[:, None]
+    columns = np.bincount(key.ravel(), minlength=width * down * kinds).reshape(width, down, kinds)
+    count = np.add.reduceat(rows, y[:: tile[0]]).reshape(down, across, kinds)
+    some = np.maximum(count, 1)
+    middle_y = np.add.reduceat(rows * y[:, None], y[:: tile[0]]).reshape(some.shape) / some
+    middle_x = np.add.reduceat(columns * x[:, None, None], x[:: tile[1]]).swapaxes(0, 1) / some
+
+    wanted = count >= least
+    wanted[..., classes] = False
+    at_y, at_x = middle_y.astype(np.int64), middle_x.astype(np.int64)
+    lost = wanted & (label[at_y, at_x] != np.arange(kinds))
+    if lost.any():
+        # In the row of the class that is nearest to the middle, its pixel that is nearest to the middle.
+        at, place_x, own = np.nonzero(lost)
+        there = rows[:, place_x * kinds + own].T > 0
+        apart = np.abs(y - middle_y[lost][:, None])
+        apart[~there | (tile_y != at[:, None])] = np.inf
+        at_y[lost] = apart.argmin(1)
+        apart = np.abs(x - middle_x[lost][:, None])
+        apart[(label[at_y[lost]] != own[:, None]) | (tile_x != place_x[:, None])] = np.inf
+        at_x[lost] = apart.argmin(1)
+    chosen = np.nonzero(wanted)
+    return np.stack([chosen[2], at_y[chosen], at_x[chosen]], 1)
+
+
+def class_centroids(
+    rows: Rows, data: Data, tile: tuple[int, int], share: float = 0.5, least: int = LEAST, workers: int = 0
+) -> Centroids:
+    """The places of all classes in the masks of a pool, at the size that training works on.
+
+    Found once: they are kept with the resized images, known by the masks' files, the size, the tile and `least`.
+
+    Args:
+        rows: the pool; every row has a mask.
+        data: classes, code and size of the masks.
+        tile: (h, w) in px; the crop's size gives a place for each crop's worth of image.
+        share: of an epoch's crops that are to be drawn around a place, 0..1.
+        least: px of a class in a tile that count as presence.
+        workers: processes that read masks.
+
+    Raises:
+        InputError: a mask cannot be read.
+    """
+    kept = _kept(rows, data, tile, least)
+    if kept.exists():
+        with np.load(kept, allow_pickle=False) as file:
+            return Centroids(file["row"], file["y"], file["x"], file["first"], share)
+    found = []
+    loader = DataLoader(_Masks(rows, data, tile, least), batch_size=None, num_workers=workers)
+    for number, item in enumerate(loader):
+        if isinstance(item, InputError):
+            raise item
+        found.append(np.insert(item.numpy(), 0, number, axis=1))
+    table = np.concatenate([np.zeros((0, 4), dtype=np.int64), *found])
+    row, label, y, x = table[np.argsort(table[:, 1], kind="stable")].T
+    first = np.concatenate([[0], np.bincount(label, minlength=len(data.classes)).cumsum()])
+    arrays = {"row": row.astype(np.int32), "y": y.astype(np.int32), "x": x.astype(np.int32), "first": first}
+    file = BytesIO()
+    np.savez(file, **arrays)
+    with contextlib.suppress(InputError), replacing(kept) as part:  # a full disk costs time, not the run
+        part.write_bytes(file.getvalue())
+    return Centroids(**arrays, share=share)
+
+
+class _Masks(Dataset[Any]):
+    """Item i holds the places of row i's mask, or what is wrong with the file."""
+
+    def __init__(self, rows: Rows, data: Data, tile: tuple[int, int], least: int) -> None:
+        self.rows, self.data, self.tile, self.least = rows, data, tile, least
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> Tensor | InputError:
+        d = self.data
+        try:
+            mask = open_mask(self.rows[i], d.code, d.config.size, d.config.cache)
+        except InputError as error:
+            return error
+        return torch.from_numpy(places(mask, len(d.classes), self.tile, self.least))
+
+
+def _kept(rows: Rows, data: Data, tile: tuple[int, int], least: int) -> Path:
+    """The file of these places, another one whenever a mask changes."""
+    key = blake2b(repr((data.code, data.config.size, len(data.classes), tile, least)).encode(), digest_size=16)
+    for row in rows:
+        assert row.mask is not None, f"{row.name} has no mask"
+        try:
+            stat = row.mask.stat()
+        except OSError as error:
+            raise InputError(f"{row.mask} cannot be read ({error.strerror}): restore it.") from error
+        key.update(repr((str(row.mask.absolute()), stat.st_mtime_ns, stat.st_size)).encode())
+    return cache_dir() / "centroids" / f"{key.hexdigest()}.npz"

@@ -1,0 +1,255 @@
+"""Where classes are, and epochs in which each gets its share."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from semiseg import testing
+from semiseg.data.centroids import Centroids, class_centroids, places
+from semiseg.data.loader import Steps
+from semiseg.data.rows import Rows
+from semiseg.data.sampling import Phase, Stream, Timetable, draws
+from semiseg.data.splits import Data, load_data
+from semiseg.data.transforms import geometry
+from semiseg.types import IGNORE, InputError, Labelled
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEMISEG_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Data:
+    return testing.Case("supervised", tmp_path).data()
+
+
+def of_counts(counts: list[int], share: float = 0.5, rows: int = 100) -> Centroids:
+    """Class c has counts[c] places; row r, and (y, x) = (class, number)."""
+    label = np.repeat(np.arange(len(counts)), counts).astype(np.int32)
+    number = np.concatenate([np.zeros(0, int), *map(np.arange, counts)]).astype(np.int32)
+    first = np.concatenate([[0], np.cumsum(counts)])
+    return Centroids((number % rows).astype(np.int32), label, number, first, share)
+
+
+def test_a_place_a_class_and_tile_by_hand() -> None:
+    mask = np.full((5, 7), IGNORE, dtype=np.uint8)
+    mask[:2, :3] = 0  # tile (0, 0): rows 0-1, columns 0-2
+    mask[4, 6] = 1  # tile (1, 1), which has 1x3 px
+    found = places(mask, 2, (4, 4), least=1)
+    assert found.tolist() == [[0, 0, 1], [1, 4, 6]]
+    assert places(mask, 2, (4, 4), least=6).tolist() == [[0, 0, 1]]
+    assert places(mask, 2, (4, 4), least=7).tolist() == []
+
+
+def test_a_place_is_of_its_class() -> None:
+    """Two pixels in a tile of 4x4 (methods.md, case 41): their middle is neither of them."""
+    mask = np.ones((4, 4), dtype=np.uint8)
+    mask[0, 0] = mask[0, 2] = 0
+    found = {int(c): (y, x) for c, y, x in places(mask, 2, (4, 4), least=1)}
+    assert found[0] in {(0, 0), (0, 2)}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_places_like_a_slow_search(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    coarse = rng.choice([0, 1, 2, IGNORE], (5, 6))
+    mask = ndimage.zoom(coarse, (7, 9), order=0).astype(np.uint8)[: rng.integers(20, 35), : rng.integers(20, 54)]
+    tile, least = (int(rng.integers(5, 20)), int(rng.integers(5, 40))), int(rng.integers(1, 40))
+    found = {(c, y // tile[0], x // tile[1]): (y, x) for c, y, x in places(mask, 3, tile, least).tolist()}
+    expected = 0
+    for top in range(0, mask.shape[0], tile[0]):
+        for left in range(0, mask.shape[1], tile[1]):
+            part = mask[top : top + tile[0], left : left + tile[1]]
+            for c in range(3):
+                y, x = np.nonzero(part == c)
+                if len(y) < least:
+                    continue
+                expected += 1
+                at = np.array(found[c, top // tile[0], left // tile[1]])
+                assert mask[tuple(at)] == c
+                middle_y, middle_x = y.mean() + top, x.mean() + left
+                if mask[int(middle_y), int(middle_x)] != c:
+                    row = min(sorted(set(y + top)), key=lambda i: abs(i - middle_y))
+                    column = min(x[y + top == row] + left, key=lambda i: abs(i - middle_x))
+                    assert tuple(at) == (row, column)
+                else:
+                    assert tuple(at) == (int(middle_y), int(middle_x))
+    assert len(found) == expected
+
+
+def test_an_image_smaller_than_a_tile_has_places() -> None:
+    assert places(np.zeros((6, 6), dtype=np.uint8), 1, (10, 10), least=1).tolist() == [[0, 2, 2]]
+
+
+def test_quota_by_hand() -> None:
+    """100 rows, half of the crops, 19 classes: 2 a class (methods.md, case 40)."""
+    row, at = of_counts([5] * 19).epoch(100, 0, 1, 0)
+    assert len(row) == len(at) == 100
+    assert Counter(at[:, 0].tolist()) == {-1: 62, **dict.fromkeys(range(19), 2)}
+    assert sorted(row[at[:, 0] < 0].tolist()) == sorted(set(row[at[:, 0] < 0].tolist())), "no row twice"
+
+
+def test_an_empty_class_leaves_its_quota_to_the_others() -> None:
+    row, at = of_counts([5] * 9 + [0] + [5]).epoch(100, 0, 1, 0)
+    assert Counter(at[:, 0].tolist()) == {-1: 50, **dict.fromkeys([*range(9), 10], 5)}
+    assert len(row) == 100
+
+
+def test_no_class_anywhere() -> None:
+    row, at = of_counts([0, 0]).epoch(10, 0, 1, 0)
+    assert sorted(row.tolist()) == list(range(10))
+    assert (at == -1).all()
+
+
+def test_places_and_rows_take_turns() -> None:
+    """Over many epochs every place of a class, and every row, comes as often as any other, give or take one."""
+    centroids = of_counts([7, 3])
+    place: Counter[tuple[int, int]] = Counter()
+    row: Counter[int] = Counter()
+    for number in range(21):
+        rows, at = centroids.epoch(20, 3, 1, number)
+        place.update((int(y), int(x)) for y, x in at if y >= 0)
+        row.update(int(r) for r, (y, _) in zip(rows, at, strict=True) if y < 0)
+    assert {c: place[0, c] for c in range(7)} == dict.fromkeys(range(7), 15)
+    assert {c: place[1, c] for c in range(3)} == dict.fromkeys(range(3), 35)
+    assert max(row.values()) - min(row.values()) <= 1
+    assert len(row) == 20
+
+
+def test_epochs_differ_and_repeat() -> None:
+    centroids = of_counts([9, 9])
+    first = centroids.epoch(30, 0, 1, 0)
+    for other in ((1, 1, 0), (0, 2, 0), (0, 1, 1)):
+        assert not np.array_equal(first[1], centroids.epoch(30, *other)[1])
+    assert np.array_equal(first[1], of_counts([9, 9]).epoch(30, 0, 1, 0)[1])
+
+
+def test_a_draw_has_the_places_of_its_epoch() -> None:
+    rows = Rows.of("", [f"{i}.png" for i in range(10)], [f"{i}.png" for i in range(10)])
+    centroids = of_counts([4, 2], rows=10)
+    stream = Stream(rows, (Phase((8, 8), 4),), centroids=centroids)
+    drawn = [draws(stream, Timetable(stream.phases, 40), "labelled", 0, step) for step in range(10)]
+    at = np.concatenate([d.centres for d in drawn])
+    assert len(at) == 40
+    for epoch in range(4):
+        assert Counter(at[epoch * 10 : epoch * 10 + 10, 0].tolist()) == {-1: 6, 0: 2, 1: 2}
+    whole = drawn[0]
+    assert np.array_equal(whole.block(1, 2).centres, whole.centres[2:])
+
+
+@pytest.mark.parametrize("scale", [(1.0, 1.0), (0.5, 2.0)])
+def test_the_place_is_always_in_the_crop(scale: tuple[float, float]) -> None:
+    """10,000 crops (methods.md, case 42): none misses it by a pixel."""
+    rng = np.random.default_rng(0)
+    image = torch.zeros(1, 40, 50, dtype=torch.uint8)
+    missed = 0
+    for number in range(5000):
+        y, x = int(rng.integers(40)), int(rng.integers(50))
+        near = torch.full((40, 50), 0, dtype=torch.uint8)
+        near[max(0, y - 1) : y + 2, max(0, x - 1) : x + 2] = 1  # 3 px, as shrinking leaves out every second
+        near[y, x] = 1
+        _, mask, _ = geometry(image, near, (16, 20), scale, True, np.random.default_rng(number), (y, x))
+        missed += not (mask == 1).any()
+    assert missed == 0
+
+
+def test_crops_lie_all_around_the_place() -> None:
+    image, mask = torch.zeros(1, 100, 100, dtype=torch.uint8), torch.zeros(100, 100, dtype=torch.uint8)
+    mask[50, 50] = 1
+    at = []
+    for number in range(2000):
+        _, crop, _ = geometry(image, mask, (10, 10), (1, 1), False, np.random.default_rng(number), (50, 50))
+        at.append(tuple(np.argwhere(crop.numpy() == 1)[0]))
+    assert {y for y, _ in at} == {x for _, x in at} == set(range(10))
+    assert max(Counter(at).values()) < 60  # of 20 on average
+
+
+def index(data: Data, share: float = 0.5, **options: int) -> Centroids:
+    return class_centroids(data.labelled, data, (16, 16), share, **({"least": 20} | options))
+
+
+def test_the_index_of_a_pool(data: Data) -> None:
+    found = index(data)
+    assert found.counts.min() > 0
+    assert found.first[-1] == len(found.row)
+    for c in range(len(data.classes)):
+        for i in range(found.first[c], found.first[c + 1]):
+            mask = np.asarray(open_of(data, int(found.row[i])))
+            assert mask[found.y[i], found.x[i]] == c
+
+
+def open_of(data: Data, row: int) -> NDArray[np.uint8]:
+    from semiseg.data.cache import open_mask
+
+    return open_mask(data.labelled[row], data.code, data.config.size, cache=False)
+
+
+def test_the_index_is_kept_until_a_mask_changes(data: Data, tmp_path: Path) -> None:
+    before = index(data)
+    (kept,) = (tmp_path / "cache" / "centroids").iterdir()
+    stamp = kept.stat().st_mtime_ns
+    again = index(data, share=0.25)
+    assert np.array_equal(before.row, again.row)
+    assert again.share == 0.25
+    assert kept.stat().st_mtime_ns == stamp
+    mask = data.labelled[0].mask
+    assert mask is not None
+    mask.write_bytes(mask.read_bytes() + b" ")
+    index(data)
+    assert len(list((tmp_path / "cache" / "centroids").iterdir())) == 2
+    index(data, least=21)
+    assert len(list((tmp_path / "cache" / "centroids").iterdir())) == 3
+
+
+def test_workers_find_the_same(data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = index(data)
+    monkeypatch.setenv("SEMISEG_CACHE", str(tmp_path / "other"))
+    other = index(data, workers=2)
+    assert np.array_equal(one.row, other.row)
+    assert np.array_equal(one.y, other.y)
+
+
+def test_a_broken_mask_is_named(data: Data) -> None:
+    mask = data.labelled[1].mask
+    assert mask is not None
+    mask.write_bytes(b"x")
+    with pytest.raises(InputError, match=mask.name):
+        index(data)
+    mask.unlink()
+    with pytest.raises(InputError, match=mask.name):
+        index(data)
+
+
+def test_batches_are_drawn_around_the_places(data: Data) -> None:
+    """With every crop around a place, rare classes are in as many crops as others."""
+    shown = {}
+    for share in (0.0, 1.0):
+        stream = Stream(data.labelled, (Phase((4, 4), 8),), centroids=index(data, share))
+        steps = Steps({"labelled": stream}, Timetable(stream.phases, 400), data, seed=0)
+        counts = np.zeros(len(data.classes))
+        for step in range(50):
+            item = steps[step]
+            assert not isinstance(item, InputError)
+            batch = item.batches["labelled"]
+            assert isinstance(batch, Labelled)
+            for mask in batch.mask:
+                counts += np.isin(np.arange(len(data.classes)), mask.numpy())
+        shown[share] = counts / 400
+    assert shown[1.0][2] > 1.2 * shown[0.0][2]
+    assert shown[1.0].min() > 1 / 3  # a third are drawn around each class
+
+
+def test_resized_masks(tmp_path: Path) -> None:
+    """Places are px at the size that training works on."""
+    case = testing.Case("supervised", tmp_path)
+    case.data()
+    config = case.recipe().data.model_copy(update={"size": (20, 24)})
+    found = class_centroids(load_data(config).labelled, load_data(config), (8, 8), least=4)
+    assert found.y.max() < 20
+    assert found.x.max() < 24
