@@ -14,13 +14,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from semiseg import methods
 from semiseg.config import Recipe
 from semiseg.data.splits import Data
 from semiseg.engine import checkpoint
-from semiseg.files import finite, write_text
+from semiseg.engine.predict import blend
+from semiseg.files import finite, replacing, write_text
 from semiseg.methods import StepMethod
 from semiseg.networks.factory import Build
 from semiseg.types import InputError
@@ -157,6 +161,32 @@ def train(path: Path, folder: Path, overrides: Sequence[str], seconds: float | N
         last = log.read_text(encoding="utf-8").strip().splitlines()[-1:]
         raise InputError(f"{path} failed, see {log}: {' '.join(last)}")
     return code == 0
+
+
+def coloured(
+    image: NDArray[Any] | None, label: NDArray[Any], palette: Sequence[tuple[int, int, int]]
+) -> NDArray[np.uint8]:
+    """Labels (H, W) in their colours, on the image (H, W, N) if it is given; IGNORE is white without it."""
+    if image is not None:
+        return blend(image, label.astype(np.uint8), palette)
+    colours = np.full((256, 3), 255, dtype=np.uint8)
+    colours[: len(palette)] = palette
+    return colours[label]
+
+
+def draw_panels(path: Path, panels: Sequence[tuple[str, NDArray[Any]]], limits: tuple[float, float]) -> None:
+    """Pictures side by side; those with one channel are maps with a scale over `limits`."""
+    figure = Figure(figsize=(3.3 * len(panels), 2.9), layout="constrained")
+    for axes, (title, pixels) in zip(np.ravel(figure.subplots(1, len(panels))), panels, strict=True):
+        if pixels.ndim == 2:
+            shown = axes.imshow(pixels, vmin=limits[0], vmax=limits[1], cmap="viridis")
+            figure.colorbar(shown, ax=axes, shrink=0.8)
+        else:
+            axes.imshow(pixels)
+        axes.set_title(title)
+        axes.axis("off")
+    with replacing(path) as part:
+        figure.savefig(part, dpi=110)
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:

@@ -5,9 +5,9 @@
 
 The part: choosing anchors and negatives, the queues, the loss and its gradient to the features, for maps of random
 numbers whose labels lie in blocks. The loop does the same for one class after another with queues on the host, as the
-released code does: it sorts classes twice for their ranks, selects by boolean masks, pushes all negatives, and gathers
-every anchor's keys. Both take turns in one process; times are medians. --step also measures one whole step of a recipe
-and says how much of it the part is.
+released code does: it sorts the classes, selects by boolean masks, pushes all negatives, and gathers every anchor's
+keys. Channels are last in memory, as in the recipes. Both take turns in one process; times are medians. --step also
+measures one whole step of a recipe with as many images, and says how much of it the part is.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from semiseg.config import load_recipe
 from semiseg.methods import U2PL
+from semiseg.methods.u2pl import Taught
 from semiseg.networks.factory import Build, NetworkConfig, OptimConfig
 from semiseg.ops.partition import entropy
 from semiseg.types import IGNORE
@@ -45,8 +46,10 @@ class Maps:
             images, classes, side, side, device=device
         )
         self.probs = logits.softmax(1)
-        self.keys = torch.randn(images, width, side, side, device=device)
-        self.features = torch.randn(images, width, side, side, device=device, requires_grad=True)
+        layout = torch.channels_last
+        self.keys = torch.randn(images, width, side, side, device=device).contiguous(memory_format=layout)
+        self.features = torch.randn(images, width, side, side, device=device).contiguous(memory_format=layout)
+        self.features.requires_grad_()
         label[:, :2] = IGNORE
         half = images // 2
         self.small, self.nats = label, entropy(self.probs)[half:]
@@ -62,9 +65,10 @@ class Maps:
 
 def ours(method: U2PL, maps: Maps) -> Callable[[], None]:
     mask, label, reliable, unreliable = maps.large()
+    taught = Taught(label, label, label, label, maps.probs, maps.keys)  # of the first four only the label is read
 
     def part() -> None:
-        share, _ = method._contrast(mask, label, reliable, unreliable, maps.probs, maps.keys, maps.features)
+        share, _ = method._contrast(mask, taught, reliable, unreliable, maps.features)
         (share.total / share.count.clamp(min=1)).backward()
         maps.features.grad = None
 
@@ -84,7 +88,7 @@ class Loop:
         maps, c = self.maps, self.config
         half, device = len(maps.small) // 2, maps.probs.device
         probs, keys, features = (m.permute(0, 2, 3, 1) for m in (maps.probs, maps.keys, maps.features))
-        rank = probs.argsort(3, descending=True).argsort(3)
+        order = probs.argsort(3, descending=True)
         masked = torch.arange(2 * half, device=device).view(-1, 1, 1) < half
         nothing = torch.zeros_like(maps.reliable)
         trusted = torch.cat([maps.small[:half] != IGNORE, maps.reliable])
@@ -93,9 +97,9 @@ class Loop:
         for number in range(probs.shape[3]):
             own = maps.small == number
             anchor = own & trusted & (probs[..., number] > c.least)
-            other = masked & (maps.small != IGNORE) & ~own & (rank[..., number] < self.ranks[0])
             low, high = self.ranks
-            negative = other | (unreliable & (rank[..., number] >= low) & (rank[..., number] < high))
+            first, middle = ((part == number).any(3) for part in (order[..., :low], order[..., low:high]))
+            negative = (masked & (maps.small != IGNORE) & ~own & first) | (unreliable & middle)
             queue = torch.cat([self.queues[number], keys[negative].cpu()])
             self.queues[number] = queue[-self.capacity[number] :]
             if not anchor.any() or not len(queue):
@@ -135,7 +139,8 @@ def measure(sizes: dict[str, int], queue: int, device: torch.device, rounds: int
         "queues_mb": bytes_ / 1e6, "queues_in_float32": bytes_ / plain,
     }  # fmt: skip
     if whole is not None:
-        bench = prepare(load_recipe(whole), device, whole.parent)
+        half = sizes["images"] // 2
+        bench = prepare(load_recipe(whole, [f"train.batch={half}"]), device, whole.parent)
         took = take_turns({"step": bench.whole, "ours": ours(method, maps)}, wait, rounds)
         result["step_ms"] = 1000 * float(np.median(took["step"]))
         result["part_of_step"] = float(np.median(took["ours"] / took["step"]))

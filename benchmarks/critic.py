@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import ROOT, finish, load_method, parser, run_script, table, train
+from common import ROOT, coloured, draw_panels, finish, load_method, parser, run_script, table, train
 from ledger import Job, digest, flat_options, name_of
-from mechanism import coloured, draw_panels, with_masks
+from mechanism import with_masks
 from numpy.typing import NDArray
 
 from semiseg.config import Recipe, load_recipe

@@ -30,7 +30,6 @@ from semiseg.data.rows import Rows
 from semiseg.data.splits import Data, load_data
 from semiseg.engine.checkpoint import load_weights
 from semiseg.engine.evaluate import ahead, to_tensor
-from semiseg.engine.predict import blend
 from semiseg.files import replacing, write_json
 from semiseg.ops.metrics import confusion
 from semiseg.ops.pseudo import pseudo_label
@@ -172,32 +171,6 @@ def draw(result: dict[str, Any], path: Path) -> None:
     for place in axes:
         place.set(xlabel="step", ylim=(-0.02, 1.02))
         place.grid(alpha=0.3)
-    with replacing(path) as part:
-        figure.savefig(part, dpi=110)
-
-
-def coloured(
-    image: NDArray[Any] | None, label: NDArray[Any], palette: Sequence[tuple[int, int, int]]
-) -> NDArray[np.uint8]:
-    """Labels (H, W) in their colours, on the image (H, W, N) if it is given; IGNORE is white without it."""
-    if image is not None:
-        return blend(image, label.astype(np.uint8), palette)
-    colours = np.full((256, 3), 255, dtype=np.uint8)
-    colours[: len(palette)] = palette
-    return colours[label]
-
-
-def draw_panels(path: Path, panels: Sequence[tuple[str, NDArray[Any]]], limits: tuple[float, float]) -> None:
-    """Pictures side by side; those with one channel are maps with a scale over `limits`."""
-    figure = Figure(figsize=(3.3 * len(panels), 2.9), layout="constrained")
-    for axes, (title, pixels) in zip(np.ravel(figure.subplots(1, len(panels))), panels, strict=True):
-        if pixels.ndim == 2:
-            shown = axes.imshow(pixels, vmin=limits[0], vmax=limits[1], cmap="viridis")
-            figure.colorbar(shown, ax=axes, shrink=0.8)
-        else:
-            axes.imshow(pixels)
-        axes.set_title(title)
-        axes.axis("off")
     with replacing(path) as part:
         figure.savefig(part, dpi=110)
 

@@ -6,10 +6,11 @@
 Trains the recipe in the variants of VARIANTS, or takes the runs of the same call before, with the teacher stored at
 SHARES of the run. Each stored teacher labels the unlabelled training images as a whole and is compared with the masks
 that exist for them: a diagnosis, nothing that training sees. Reliable are the pixels below the limit that leaves
-`method.alpha` percent above it, at all times. Of the pixels that are negatives of a class, `other` is the share that
-are of another class, and `at random` that of all pixels, each as a mean over the negatives. `nearest` is the share of
-the anchors to which no negative is nearer than the positive, in the last rows of metrics.csv. Writes FILE.json, and
-FILE.png: entropy, partition and the negatives of two classes in one image.
+`method.alpha` percent above it, at all times. Of the unlabelled pixels that are candidates for the queue of a class,
+`other` is the share that are of another class, and `at random` that of all pixels: means over the classes, and for
+`worst` the class with the least. `nearest` is the share of the anchors that have their positive nearer than all
+negatives, in the last rows of metrics.csv. Writes FILE.json, and FILE.png: entropy, partition and the negatives of two
+classes in one image.
 """
 
 import json
@@ -20,9 +21,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import ROOT, finish, load_method, parser, read_csv, run_script, table, train
+from common import ROOT, coloured, draw_panels, finish, load_method, parser, read_csv, run_script, table, train
 from ledger import Job, digest, flat_options, name_of
-from mechanism import coloured, draw_panels, with_masks
+from mechanism import with_masks
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -62,9 +63,8 @@ class Taught:
 
     def __init__(self, method: U2PL, rows: Rows, data: Data) -> None:
         seen = list(ahead(lambda row: self._look(method, row, data), rows, threads=1))
-        self.masks, self.labels, self.nats, self.probs = (torch.cat(parts) for parts in zip(*seen, strict=True))
+        self.masks, self.labels, self.nats, self.probs, valid = (torch.cat(p) for p in zip(*seen, strict=True))
         share = 1 - (method.config.alpha or 20) / 100
-        valid = torch.ones_like(self.nats, dtype=torch.bool)
         self.classes, self.ranks = len(data.classes), method.ranks
         self.limit = threshold(histogram(self.nats, valid, self.classes), share, self.classes)
 
@@ -75,7 +75,8 @@ class Taught:
         probs = small.softmax(1)
         picked = method.teacher.pick(mask, small, IGNORE).flatten()
         pixels = probs.permute(0, 2, 3, 1).flatten(0, 2)
-        return picked, winner(pixels), entropy(probs).flatten(), pixels
+        inside = method.teacher.pick(torch.ones_like(mask, dtype=torch.bool), small, False).flatten()
+        return picked, winner(pixels), entropy(probs).flatten(), pixels, inside
 
     def partition(self) -> dict[str, float]:
         known, low = self.masks != IGNORE, self.nats < self.limit
@@ -92,14 +93,11 @@ class Taught:
         _, chosen = candidates(torch.full_like(self.masks, IGNORE), self.probs, none, none, keyed, 1.0, self.ranks)
         own = self.masks.unsqueeze(1) == torch.arange(self.classes)
         count = chosen.sum(0)
-        random = 1 - own.sum(0) / (self.masks != IGNORE).sum()
-        return {
-            "other": _share(chosen & ~own, chosen),
-            "at_random": float((random * count).sum() / count.sum()) if count.any() else np.nan,
-            "least_other": float(((chosen & ~own).sum(0)[count > 0] / count[count > 0]).min())
-            if count.any()
-            else np.nan,
-        }
+        other = ((chosen & ~own).sum(0) / count)[count > 0]
+        random = (1 - own.sum(0) / (self.masks != IGNORE).sum())[count > 0]
+        if not len(other):
+            return dict.fromkeys(("other", "at_random", "least_other"), np.nan)
+        return {"other": float(other.mean()), "at_random": float(random.mean()), "least_other": float(other.min())}
 
 
 def _share(part: Tensor, whole: Tensor) -> float:
@@ -170,7 +168,7 @@ def draw(method: U2PL, row: Row, data: Data, limit: Tensor, path: Path, photo: b
     _, negative = candidates(
         torch.full((len(pixels),), IGNORE), pixels, none, none, unreliable.flatten(), 1.0, method.ranks
     )
-    # Two classes of which about as many pixels are negatives as of most.
+    # The two classes whose number of negatives is nearest to the median.
     counts = negative.sum(0)
     shown = sorted(range(len(data.classes)), key=lambda c: abs(int(counts[c]) - int(counts.median())))[:2]
     colour = partial(coloured, image if photo else None, palette=data.palette)

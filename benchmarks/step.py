@@ -63,7 +63,11 @@ PARTS = {
     "histogram": "targets and loss",
     "threshold": "targets and loss",
     "half_box": "targets and loss",
+    "quantile": "targets and loss",
+    "class_region": "targets and loss",
+    "winner": "targets and loss",
     "candidates": "contrastive part",
+    "at": "contrastive part",
     "class_sums": "contrastive part",
     "draw_keys": "contrastive part",
     "draw_anchors": "contrastive part",
@@ -92,6 +96,8 @@ def breakdown(bench: Bench, rounds: int) -> dict[str, float]:
     module = sys.modules[type(method).__module__]
     places: list[tuple[Any, str, str]] = [(module, name, part) for name, part in PARTS.items() if hasattr(module, name)]
     places += [(torch.Tensor, "backward", "backward")]
+    if hasattr(method, "bank"):
+        places += [(method.bank, name, "contrastive part") for name in ("push", "draw")]
     places += [(o, name, "optimiser") for o in method.optimizers.values() for name in ("step", "zero_grad")]
     inside = {
         "student": "forward",

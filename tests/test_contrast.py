@@ -533,3 +533,23 @@ def test_the_order_of_the_classes_does_not_matter(sizes: Sizes) -> None:
         assert after[0] == [before[0][old] for old in order]
         assert after[1] == [pytest.approx(before[1][old], rel=1e-9) for old in order]
         assert after[2] == [before[2][old] for old in order]
+
+
+def test_gradients_add_up_in_one_order_on_any_threads() -> None:
+    """Many draws of few pixels at the sizes of a recipe: in an order of its own each run would end in other bits."""
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        maps = torch.randn(8, 64, 32, 40).contiguous(memory_format=torch.channels_last).requires_grad_()
+        pixels = torch.randint(30, (11, 256)) + 300 * torch.arange(11).unsqueeze(1)
+        weight = torch.randn(11, 256, 64)
+        found = []
+        for _ in range(60):
+            maps.grad = None
+            (at(maps, pixels) * weight).sum().backward()
+            assert maps.grad is not None
+            found.append(maps.grad.clone())
+        assert all(torch.equal(found[0], other) for other in found)
+    finally:
+        torch.set_num_threads(threads)

@@ -82,6 +82,7 @@ def test_what_two_processes_tell_each_other() -> None:
 
 # U2PL's draws belong to a process; what they are drawn from does not. Class 2 has anchors in half of the batch only.
 SPY = textwrap.dedent("""
+    from dataclasses import replace
     from unittest import mock
 
     import torch
@@ -97,13 +98,13 @@ SPY = textwrap.dedent("""
             self.register_buffer("positive", torch.zeros(build.classes, config.width))
             self.register_buffer("told", torch.zeros(2))
 
-        def _contrast(self, mask, label, *rest):
-            mask, label = mask.clone(), label.clone()
+        def _contrast(self, mask, taught, *rest):
+            mask, label = mask.clone(), taught.label.clone()
             for labels in (mask[:4], label[:4]):
                 if parallel.rank() == 0:
                     labels[labels == 2] = IGNORE
             with mock.patch.object(u2pl, "contrast", wraps=u2pl.contrast) as contrast:
-                share, scalars = super()._contrast(mask, label, *rest)
+                share, scalars = super()._contrast(mask, replace(taught, label=label), *rest)
             self.positive.copy_(contrast.call_args.args[1])
             used = parallel.added(share.count)
             self.told.copy_(torch.stack([parallel.added(share.total) / used, used]))

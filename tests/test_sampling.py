@@ -1,7 +1,9 @@
 """Which samples make up a step, and who is mixed with whom."""
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from semiseg.data.rows import Rows
-from semiseg.data.sampling import Draw, Phase, Stream, Timetable, draws, epoch_order, mix_group
+from semiseg.data.sampling import Draw, Phase, Stream, Timetable, draws, epoch_order, mix_group, scheduled
+from semiseg.types import TrainConfig
 
 pools = st.integers(2, 17)
 batches = st.integers(1, 16)
@@ -175,3 +178,68 @@ def test_a_pool_is_labelled_or_not() -> None:
     assert not Stream(pool.without_masks(), (Phase((8, 8), 2),)).labelled
     with pytest.raises(AssertionError, match="none has"):
         _ = Stream(pool + Rows.of("/data", ["c"]), (Phase((8, 8), 2),)).labelled
+
+
+# ---- schedules -------------------------------------------------------------------------------------------------------
+
+
+def scheduled_as(name: str, epoch: float = 0.1, **options: Any) -> tuple[Phase, ...]:
+    config = TrainConfig(schedule=name, crop=(128, 192), batch=4, **options)
+    return scheduled(Phase(config.crop, config.batch), config, epoch)
+
+
+def test_schedules_by_hand() -> None:
+    whole, small = (128, 192), (64, 96)
+    assert scheduled_as("baseline") == (Phase(whole, 4),)
+    assert scheduled_as("coarse2fine") == (Phase(small, 4, 0.6), Phase(whole, 4))
+    assert scheduled_as("fine2coarse") == (Phase(whole, 4, 0.4), Phase(small, 4))
+    assert scheduled_as("coarse2fine+") == (Phase(small, 16, 0.6, 4.0, 0.1), Phase(whole, 4, ramp=0.1))
+    assert scheduled_as("fine2coarse+") == (Phase(whole, 4, 0.4), Phase(small, 16, 1.0, 4.0, 0.1))
+    assert scheduled_as("coarse2fine+", small_batch=2)[0] == Phase(small, 8, 0.6, 2.0, 0.1)
+    assert scheduled_as("coarse2fine", small=0.25, small_share=0.5)[0] == Phase((32, 64), 4, 0.5)
+
+
+@pytest.mark.parametrize("epoch", [0.05, 0.1, 0.13, 0.45, 0.95, 1.0])
+def test_alternate_changes_every_epoch_and_ends_whole(epoch: float) -> None:
+    parts = scheduled_as("alternate", epoch)
+    untils = [part.until for part in parts]
+    assert untils == sorted(set(untils))
+    assert untils[-2:] == [0.9, 1.0]
+    assert all(part.crop == ((128, 192) if (len(parts) - i) % 2 else (64, 96)) for i, part in enumerate(parts))
+    assert all(b - a <= epoch + 1e-9 for a, b in itertools.pairwise([0.0, *untils[:-1]]))
+
+
+def test_a_small_crop_is_one_that_networks_take() -> None:
+    config = TrainConfig(schedule="coarse2fine", crop=(321, 40), small=0.5)
+    assert scheduled(Phase(config.crop, 4), config, 0.1)[0].crop == (160, 20)
+
+
+@pytest.mark.parametrize(("share", "speed"), [(0.5, 1.6), (0.55, 1.702), (2 / 3, 2.0)])
+def test_the_cost_model(share: float, speed: float) -> None:
+    """Pixels of the constant schedule over those of this one (methods.md, case 44)."""
+    parts = scheduled_as("coarse2fine", small_share=share)
+    shares = np.diff([0.0, *(part.until for part in parts)])
+    pixels = sum(s * part.crop[0] * part.crop[1] for s, part in zip(shares, parts, strict=True))
+    assert 128 * 192 / pixels == pytest.approx(speed, abs=5e-4)
+
+
+def test_the_rate_at_a_switch() -> None:
+    """The envelope goes over samples; the factor goes from 4 to 1 within an epoch behind the switch."""
+    timetable = Timetable(scheduled_as("coarse2fine+"), 4000)
+    assert timetable.steps == 150 + 400
+    assert [timetable.rate(step) for step in (0, 149)] == [4, 4]
+    assert timetable.progress(150) == pytest.approx(0.6)
+    assert [timetable.rate(step) for step in (150, 200, 250, 549)] == pytest.approx([4, 2.5, 1, 1])
+    plain = Timetable([Phase((8, 8), 3)], 300)
+    assert [plain.rate(step) for step in (0, 99)] == [1, 1]
+    assert [plain.progress(step) for step in (0, 7, 99)] == [step / 100 for step in (0, 7, 99)]
+
+
+def test_a_schedule_changes_the_crop_and_not_the_images() -> None:
+    plain = draw_all(stream(7, *scheduled_as("baseline")), 240)
+    for name in ("coarse2fine", "fine2coarse+", "alternate"):
+        other = draw_all(stream(7, *scheduled_as(name)), 240)
+        rows, others = (np.concatenate([d.rows for d in found]) for found in (plain, other))
+        assert np.array_equal(rows, others)
+        assert [k for d in plain for k in d.keys] == [k for d in other for k in d.keys]
+        assert len({d.phase.crop for d in other}) == 2

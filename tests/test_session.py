@@ -24,6 +24,7 @@ from semiseg.data.rows import Rows
 from semiseg.engine import checkpoint
 from semiseg.engine.evaluate import Scores, evaluate
 from semiseg.engine.log import Log
+from semiseg.engine.session import Session
 from semiseg.testing import Case, Moment, Result, run
 from semiseg.types import InputError, Interrupted
 
@@ -453,3 +454,51 @@ def test_no_unlabelled_image(case: Case) -> None:
     data = case.data()
     with pytest.raises(InputError, match=r"data\.unlabelled"):
         run(replace(case, method="fixmatch"), "run", data=replace(data, unlabelled=Rows.of(data.unlabelled.root, [])))
+
+
+# ---- schedules -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", ["coarse2fine", "fine2coarse+", "alternate"])
+def test_a_schedule_killed_and_continued(case: Case, schedule: str) -> None:
+    options = {"schedule": schedule, "crop": [32, 32], "small_batch": 2, "steps": 16}
+    whole = run(case, "whole", **options)
+    seen = list[tuple[int, int, int]]()
+
+    def kill(moment: Moment) -> dict[str, Tensor]:
+        image = moment.batches["labelled"].image
+        seen.append((moment.clock.step, len(image), image.shape[2]))
+        if len(seen) in (4, 9):
+            raise KeyboardInterrupt
+        return moment.go()
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run(case, "killed", kill, **options)
+    resumed = run(case, "killed", **options)
+    assert all(torch.equal(tensor, resumed.net[name]) for name, tensor in whole.net.items())
+    assert {size for _, _, size in seen} <= {16, 32}
+
+
+def test_statistics_are_refreshed_where_a_run_ends_with_small_crops(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The delivered network's are the plain mean over batches of whole crops; all other weights stay."""
+    options = {"schedule": "fine2coarse", "crop": [32, 32], "evaluations": 1}
+    monkeypatch.setattr(Session, "_refresh", lambda *_: None)
+    stale = run(case, "stale", **options)
+    monkeypatch.undo()
+    monkeypatch.setattr("semiseg.engine.session.REFRESH", 6)
+    fresh = run(case, "fresh", **options)
+    changed = {name for name, tensor in stale.net.items() if not torch.equal(tensor, fresh.net[name])}
+    assert changed == {"model.1.running_mean", "model.1.running_var", "model.1.num_batches_tracked"}
+    assert int(fresh.net["model.1.num_batches_tracked"]) == 6
+
+
+def test_other_schedules_leave_the_statistics(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("refreshed")
+
+    monkeypatch.setattr(Session, "_refresh", refuse)
+    for schedule in ("baseline", "coarse2fine", "alternate"):
+        run(case, schedule, schedule=schedule, crop=[32, 32], evaluations=1, steps=6)

@@ -130,14 +130,15 @@ class Unlabelled(_Batch):
 
 @dataclass(frozen=True)
 class Clock:
-    """Where a run is: `step` of `total`, counted from 0."""
+    """Where a run is: `step` of `total`, counted from 0; `share` of its samples are done, if steps differ in size."""
 
     step: int
     total: int
+    share: float | None = None
 
     @property
     def progress(self) -> float:
-        return self.step / self.total
+        return self.step / self.total if self.share is None else self.share
 
 
 @dataclass(frozen=True)
@@ -168,9 +169,9 @@ def _ascending(limits: tuple[float, float]) -> tuple[float, float]:
     return limits
 
 
-Portions = Annotated[
-    tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]], AfterValidator(_ascending)
-]
+Portion = Annotated[float, Field(ge=0, le=1)]
+"""A share, 0..1."""
+Portions = Annotated[tuple[Portion, Portion], AfterValidator(_ascending)]
 """A range of shares, smallest and largest."""
 
 
@@ -187,14 +188,27 @@ class InferenceConfig(Options):
     """Average over the image resized by these factors."""
 
 
+Schedule = Literal["baseline", "coarse2fine", "coarse2fine+", "fine2coarse", "fine2coarse+", "alternate"]
+
+
 class TrainConfig(Options):
     """Length, size and bookkeeping of a run."""
 
     steps: Side = 20_000
+    """Of the baseline schedule: the run has `steps` times `batch` samples of each stream."""
     batch: Side = 8
     """Images a step and stream, over all processes."""
     crop: tuple[Side, Side] = (320, 320)
     """(H, W) in px."""
+    schedule: Schedule = "baseline"
+    """How the crop's size changes. coarse2fine: small crops first. fine2coarse: last. alternate: every other epoch, but
+    not in the last tenth. With + as many more small images a step as fit into the same memory, at a higher rate."""
+    small: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Side of a small crop over that of `crop`."""
+    small_share: Annotated[float, Field(gt=0, lt=1)] = 0.6
+    """Share of the run's samples with small crops (coarse2fine, fine2coarse)."""
+    small_batch: Annotated[int, Field(ge=1)] = 4
+    """At most so many times `batch` in a step with small crops, with +."""
     seed: Annotated[int, Field(ge=0)] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["bf16", "fp32"] = "fp32"

@@ -3,9 +3,10 @@
 Position p counts the samples of a stream from the start of the run; epoch p // n has one shuffled order of the n rows.
 """
 
+import math
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from semiseg.data.centroids import Centroids
 from semiseg.data.rows import Rows
+from semiseg.types import TrainConfig
 
 Key = tuple[int, int, int, int]
 """(seed, stream, position, SAMPLE): all chance of one sample comes from a generator seeded with it."""
@@ -23,12 +25,16 @@ SAMPLE, ORDER, PARTNER = 1, 2, 3
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of the run, up to the share `until` of its samples: crop (H, W), batch, factor on rates."""
+    """A part of the run, up to the share `until` of its samples: crop (H, W), batch, factor on rates.
+
+    The factor goes evenly from that of the phase before to its own over `ramp`, a share of the run's samples.
+    """
 
     crop: tuple[int, int]
     batch: int
     until: float = 1.0
     rate: float = 1.0
+    ramp: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -82,13 +88,53 @@ class Timetable:
         steps = [max(1, round(share * samples / phase.batch)) for share, phase in zip(shares, phases, strict=True)]
         self.first_step = np.concatenate([[0], np.cumsum(steps)])
         self.first_sample = np.concatenate([[0], np.cumsum([s * p.batch for s, p in zip(steps, phases, strict=True)])])
-        self.steps = int(self.first_step[-1])
+        self.steps, self.samples = int(self.first_step[-1]), int(self.first_sample[-1])
 
     def at(self, step: int) -> tuple[Phase, int]:
         """The phase of a step, and the number of samples before it."""
         i = int(np.searchsorted(self.first_step, step, side="right")) - 1
         phase = self.phases[i]
         return phase, int(self.first_sample[i] + (step - self.first_step[i]) * phase.batch)
+
+    def progress(self, step: int) -> float:
+        """The share of the samples before a step."""
+        return self.at(step)[1] / self.samples
+
+    def rate(self, step: int) -> float:
+        """The factor on rates at a step."""
+        i = int(np.searchsorted(self.first_step, step, side="right")) - 1
+        phase, before = self.phases[i], self.phases[max(0, i - 1)]
+        since = (self.at(step)[1] - int(self.first_sample[i])) / self.samples
+        part = min(1.0, since / phase.ramp) if phase.ramp else 1.0
+        return before.rate + part * (phase.rate - before.rate)
+
+
+def scheduled(phase: Phase, config: TrainConfig, epoch: float) -> tuple[Phase, ...]:
+    """The phases that the run's schedule makes of a single one; `epoch` is the share of the run's samples in one.
+
+    Source of the names: Zhu et al. 2020. Sizes, shares and ramps are ours, the paper gives none.
+    """
+    name, plus = config.schedule.rstrip("+"), config.schedule.endswith("+")
+    if name == "baseline":
+        return (phase,)
+    crop = (_small(phase.crop[0], config.small), _small(phase.crop[1], config.small))
+    times = min(config.small_batch, round(1 / config.small**2)) if plus else 1
+    ramp = min(epoch, config.small_share / 2, (1 - config.small_share) / 2) if plus else 0.0
+    if name == "alternate":
+        edges = [*(epoch * np.arange(1, math.ceil(0.9 / epoch - 1e-6))).tolist(), 0.9, 1.0]
+        # The last tenth, and every second epoch before it, counted from the end, are whole.
+        whole = [i == len(edges) - 1 or (len(edges) - i) % 2 == 1 for i in range(len(edges))]
+        return tuple(replace(phase, until=u, crop=phase.crop if w else crop) for u, w in zip(edges, whole, strict=True))
+    share = config.small_share if name == "coarse2fine" else 1 - config.small_share
+    small = Phase(crop, times * phase.batch, share, float(times), ramp)
+    if name == "coarse2fine":
+        return small, replace(phase, ramp=ramp)
+    return replace(phase, until=share), replace(small, until=1.0)
+
+
+def _small(side: int, factor: float) -> int:
+    """Of a crop: a multiple of 32 px, with which all networks work, where the side is large enough."""
+    return max(1, round(side * factor / 32)) * 32 if side * factor >= 32 else max(1, round(side * factor))
 
 
 def mix_group(batch: int) -> int:

@@ -18,10 +18,11 @@ from typing import Any, Protocol, Self
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from semiseg import parallel
 from semiseg.data.loader import Steps, steps
-from semiseg.data.sampling import Stream, Timetable, draws, mix_group
+from semiseg.data.sampling import Phase, Stream, Timetable, draws, mix_group, scheduled
 from semiseg.data.splits import Data
 from semiseg.engine import checkpoint
 from semiseg.engine.evaluate import evaluate
@@ -157,7 +158,7 @@ class Session:
             Interrupted: by Ctrl-C (then it is a KeyboardInterrupt too) or SIGTERM.
         """
         c = self.config
-        streams = streams or method.streams(data, c.batch, c.crop)
+        streams = _scheduled(streams or method.streams(data, c.batch, c.crop), c)
         timetable = _timetable(streams, c.steps * c.batch)
         _check_blocks(streams)
         total = timetable.steps
@@ -191,20 +192,20 @@ class Session:
             dataset = Steps(streams, timetable, data, c.seed, rank, world)
             loader = steps(dataset, start, c.workers, self.device.type == "cuda")
             for step, item in enumerate(loader, start):
-                rate = method.schedule.rate(step / total) * timetable.at(step)[0].rate
+                clock = Clock(step, total, timetable.progress(step))
+                rate = method.schedule.rate(clock.progress) * timetable.rate(step)
                 for optimizer in method.optimizers.values():
                     for group in optimizer.param_groups:
                         group["lr"] = group["peak_lr"] * rate
                 torch.manual_seed(_seed(c.seed, step, rank))
                 batches = {name: batch.to(self.device) for name, batch in item.batches.items()}
-                scalars.add(step, method.step(Clock(step, total), **batches))
+                scalars.add(step, method.step(clock, **batches))
                 parallel.average_statistics(method.modules())
                 skipped |= item.skipped
                 images += sum(len(b.row) for b in batches.values() if b.image.shape[1])
 
                 done = step + 1
-                for share in (share for share, at in kept.items() if at == done and rank == 0):
-                    checkpoint.save_weights(self.folder / "kept" / f"{share:g}.safetensors", method.predictor())
+                self._keep([share for share, at in kept.items() if at == done], method.predictor())
                 evaluating = done in evaluations
                 saving = done % c.save_every == 0 or done == total or evaluating
                 # Of several processes the others learn of a signal where all are at the same step.
@@ -224,6 +225,8 @@ class Session:
                     log.row(step, {**values, "rate": rate, "images_per_second": speed})
                     log.progress(step, values, speed)
                     skipped, images, since = {}, 0, time.perf_counter()
+                    if done == total and timetable.phases[-1].crop != c.crop and len(timetable.phases) > 1:
+                        self._refresh(method.predictor(), streams, data, log)
                     if evaluating:
                         self._evaluate(method, data, done, progress, log, signals)
                         since = time.perf_counter()
@@ -276,6 +279,35 @@ class Session:
             progress.best = progress.last
         log.curves()
 
+    def _keep(self, shares: Iterable[float], net: nn.Module) -> None:
+        for share in shares if parallel.rank() == 0 else ():
+            checkpoint.save_weights(self.folder / "kept" / f"{share:g}.safetensors", net)
+
+    def _refresh(self, net: nn.Module, streams: Mapping[str, Stream], data: Data, log: Log) -> None:
+        """Batch norm's running statistics anew, from whole crops: those at the end of the run were small."""
+        c, (name, stream) = self.config, next((n, s) for n, s in streams.items() if s.images)
+        whole = replace(stream, phases=(Phase(c.crop, c.batch),), strong=0, centroids=None)
+        timetable = Timetable(whole.phases, REFRESH * c.batch)
+        dataset = Steps({name: whole}, timetable, data, c.seed, parallel.rank(), parallel.world())
+        modes = [(module, module.training) for module in net.modules()]
+        net.train()  # frozen ones stay as they are
+        norms = [module for module in net.modules() if isinstance(module, _BatchNorm) and module.training]
+        momenta = [norm.momentum for norm in norms]
+        net.eval()
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a plain mean
+            norm.train()
+        with torch.no_grad():
+            for item in steps(dataset, 0, c.workers, self.device.type == "cuda"):
+                net(item.batches[name].to(self.device).image)
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        for module, training in modes:
+            module.training = training
+        parallel.average_statistics(norms)
+        log.line(f"batch norm's statistics are now those of {REFRESH} batches of {c.crop[0]}x{c.crop[1]} px")
+
     def _save(self, method: Trainable, progress: Progress, done: int, deliver: bool) -> None:
         progress.peak_gb = max(progress.peak_gb, *parallel.gather(peak_memory()))
         if parallel.rank() == 0:
@@ -309,6 +341,19 @@ class Session:
         state = checkpoint.load(self.weights)
         good = f"the last good checkpoint is of step {state['step']}" if state else "there is no checkpoint yet"
         raise InputError(f"{what} not finite at step {bad}; {good}; lower optim.lr or look at these images: {images}.")
+
+
+REFRESH = 200
+"""Batches whose mean replaces batch norm's running statistics where a run ends with small crops."""
+
+
+def _scheduled(streams: Mapping[str, Stream], config: TrainConfig) -> dict[str, Stream]:
+    """The streams with the phases of `train.schedule`; those that a method divides into phases itself as they are."""
+    epoch = min(1.0, max(1, *(len(stream.rows) for stream in streams.values())) / (config.steps * config.batch))
+    return {
+        name: replace(stream, phases=scheduled(stream.phases[0], config, epoch)) if len(stream.phases) == 1 else stream
+        for name, stream in streams.items()
+    }
 
 
 def _timetable(streams: Mapping[str, Stream], samples: int) -> Timetable:

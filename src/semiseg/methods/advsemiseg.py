@@ -32,9 +32,8 @@ from semiseg.networks.critic import Kind
 from semiseg.networks.factory import Build
 from semiseg.ops.losses import binary_cross_entropy, cross_entropy
 from semiseg.ops.pseudo import one_hot, winner
-from semiseg.types import IGNORE, Clock, InputError, Labelled, Options, Unlabelled
+from semiseg.types import IGNORE, Clock, InputError, Labelled, Options, Portion, Unlabelled
 
-Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 
@@ -55,7 +54,7 @@ class AdvSemiSeg(StepMethod):
         """The same on unlabelled images; none: 0.001 where there are any."""
         lambda_semi: Weight | None = None
         """Weight of the cross-entropy on selected unlabelled pixels; none: 0.1 where there are any."""
-        threshold: Share = 0.2
+        threshold: Portion = 0.2
         """T_semi: least confidence, by the critic, of an unlabelled pixel whose predicted class is learned."""
         adv_start: Annotated[float, Field(ge=0, lt=1)] = 0.0
         """Share of the run before unlabelled images are to deceive the critic."""

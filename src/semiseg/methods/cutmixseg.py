@@ -24,15 +24,12 @@ from semiseg.data.sampling import Phase, Stream
 from semiseg.data.splits import Data
 from semiseg.methods.base import StepMethod
 from semiseg.methods.labelled import LabelledLoss, LossConfig
-from semiseg.methods.meanteacher import ramped
 from semiseg.networks.factory import Build
 from semiseg.ops.colour import strong, to_float
-from semiseg.ops.ema import ema_update, make_teacher
+from semiseg.ops.ema import ema_update, make_teacher, ramped
 from semiseg.ops.losses import squared_difference
 from semiseg.ops.mix import cutmix_box, mix
-from semiseg.types import Clock, Labelled, Options, Portions, Share, Unlabelled
-
-Portion = Annotated[float, Field(ge=0, le=1)]
+from semiseg.types import Clock, Labelled, Options, Portion, Portions, Share, Unlabelled
 
 
 class CutMixSeg(StepMethod):

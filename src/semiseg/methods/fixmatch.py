@@ -29,9 +29,8 @@ from semiseg.ops.losses import masked_cross_entropy
 from semiseg.ops.mix import cutmix_box, mix
 from semiseg.ops.norm import kept_statistics
 from semiseg.ops.pseudo import pseudo_label
-from semiseg.types import Clock, Labelled, Options, Portions, Unlabelled
+from semiseg.types import Clock, Labelled, Options, Portion, Portions, Unlabelled
 
-Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 
 
@@ -42,7 +41,7 @@ class FixMatch(StepMethod):
         """Options of `method: {name: fixmatch}`."""
 
         loss: LossConfig = LossConfig()
-        threshold: Share = 0.95
+        threshold: Portion = 0.95
         """Least confidence of a pseudo-label that counts."""
         weight: Annotated[float, Field(ge=0)] = 1.0
         """Weight of the unlabelled loss against the labelled one."""
@@ -53,13 +52,13 @@ class FixMatch(StepMethod):
         statistics: Literal["all", "labelled"] = "all"
         """Whose images move batch norm's running statistics, with which the teacher labels and the model is delivered:
         labelled leaves out the strong views, whose colours no real image has (forward: apart only)."""
-        jitter: tuple[Share, Share, Share, Annotated[float, Field(ge=0, le=0.5)]] = (0.5, 0.5, 0.5, 0.25)
+        jitter: tuple[Portion, Portion, Portion, Annotated[float, Field(ge=0, le=0.5)]] = (0.5, 0.5, 0.5, 0.25)
         """Largest change of brightness, contrast, saturation and hue in the strong view."""
-        blur: Share = 0.5
+        blur: Portion = 0.5
         """Share of the strong views that are blurred."""
         sigma: tuple[Positive, Positive] = (0.1, 2.0)
         """Range of the blur's standard deviation in px; papers' crops are 321 to 801 px wide, small ones need less."""
-        cutmix: Share = 0.5
+        cutmix: Portion = 0.5
         """Share of the images that get a box of another image."""
         cutmix_area: Portions = (0.02, 0.4)
         """Range of the box's share of the image."""

@@ -14,7 +14,6 @@ Deliberate differences from that code:
 - padding of unlabelled images counts nowhere.
 """
 
-import math
 from typing import Annotated
 
 import torch
@@ -27,7 +26,7 @@ from semiseg.methods.base import StepMethod
 from semiseg.methods.labelled import LabelledLoss, LossConfig
 from semiseg.networks.factory import Build
 from semiseg.ops.colour import to_float
-from semiseg.ops.ema import ema_update, make_teacher
+from semiseg.ops.ema import ema_update, make_teacher, ramped
 from semiseg.ops.losses import squared_difference
 from semiseg.types import Clock, Labelled, Options, Unlabelled
 
@@ -75,8 +74,3 @@ class MeanTeacher(StepMethod):
 
     def predictor(self) -> nn.Module:
         return self.teacher
-
-
-def ramped(progress: float, ramp: float) -> float:
-    """A factor that rises from 0.007 to 1 over the first `ramp` (0..1) of a run (Laine & Aila, ICLR 2017)."""
-    return math.exp(-5 * (1 - min(progress / ramp, 1)) ** 2) if ramp else 1.0

@@ -30,6 +30,8 @@ which anchors and keys are drawn, for each process draws its part from its own i
 """
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Literal
 
@@ -53,14 +55,33 @@ from semiseg.ops.losses import cross_entropy
 from semiseg.ops.mix import class_region, half_box, mix
 from semiseg.ops.partition import entropy, histogram, quantile, threshold
 from semiseg.ops.pseudo import winner
-from semiseg.types import IGNORE, Clock, InputError, Labelled, Options, Share, Unlabelled
+from semiseg.types import IGNORE, Clock, InputError, Labelled, Options, Portion, Share, Unlabelled
 
-Portion = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(gt=0)]
 
 POOL = 1024
 """Keys a class and step from which anchors draw their negatives: one product of matrices instead of a gather each."""
+
+
+Term = tuple[str, float, Share]
+"""Of a loss: what it is called in logs, if it is there by itself; weight; total and count."""
+
+
+@dataclass(frozen=True)
+class Taught:
+    """The unlabelled images as the student sees them, and the teacher's word on each of their pixels, mixed alike.
+
+    image (B, N, H, W); label, nats (its entropy) and valid (B, H, W). And of all images, the labelled ones first, at
+    the features' size: class probabilities probs (2B, C, h, w), and keys (2B, D, h, w).
+    """
+
+    image: Tensor
+    label: Tensor
+    nats: Tensor
+    valid: Tensor
+    probs: Tensor
+    keys: Tensor | None
 
 
 class U2PL(StepMethod):
@@ -118,13 +139,16 @@ class U2PL(StepMethod):
         super().__init__()
         self.config, self.build = config, build
         self.ranks = _ranks(config, build.classes)
-        _check_sizes(config, build)
-        self.student = build.projected(config.width, config.auxiliary > 0)
+        if config.weight:
+            _check_sizes(config, build)
+        self.student = build.projected(config.width, config.weight > 0, config.auxiliary > 0)
         self.teacher = make_teacher(self.student)
-        self.bank = Bank([config.queue_first, *[config.queue] * (build.classes - 1)], config.width).to(build.device)
         self.loss = LabelledLoss(config.loss, build)
         heads = [part for part in (self.student.projection, self.student.auxiliary) if part is not None]
         self.optimizers = {"student": build.optimizer(self.student.net, heads)}
+        if config.weight:
+            capacities = [config.queue_first, *[config.queue] * (build.classes - 1)]
+            self.bank = Bank(capacities, config.width).to(build.device)
 
     def streams(self, data: Data, batch: int, crop: tuple[int, int]) -> dict[str, Stream]:
         if min(crop) < 3 and self.config.mix in ("cutmix", "cutout"):
@@ -140,68 +164,83 @@ class U2PL(StepMethod):
 
         with torch.no_grad():
             both = torch.cat([to_float(labelled.image), to_float(unlabelled.image)])
-            taught = self.teacher(both, large=slice(count, None))
-            probs = taught.logits.softmax(1)
-            image, label, nats, valid, small, keys = self._mix(unlabelled, probs, taught, count)
-            limit = self._limit(nats, valid, 1 - c.alpha / 100 * (1 - clock.progress))
-            reliable, unreliable = valid & (nats < limit), valid & (nats >= limit)
+            t = self._mix(unlabelled, self.teacher(both, large=slice(count, None)), count)
+            share = 1 - c.alpha / 100 * (1 - clock.progress)
+            limit = self._limit(t.nats, t.valid, share)
+            reliable, unreliable = t.valid & (t.nats < limit), t.valid & (t.nats >= limit)
 
-        seen = self.student(torch.cat([to_float(labelled.image), image]))
+        seen = self.student(torch.cat([to_float(labelled.image), t.image]))
         terms = self._supervised(seen, labelled.mask)
-        learned = cross_entropy(seen.logits[count:], label.masked_fill(~reliable, IGNORE))
-        terms.append((1.0, Share(learned.total, learned.count, valid.sum() if c.adaptive else None)))
-        names = ["loss_unlabelled"]
-        scalars = {"reliable": reliable.sum() / valid.sum(), "limit": limit}
-        scalars |= self._judged(taught.small[:count], labelled.mask, limit)
+        learned = cross_entropy(seen.logits[count:], t.label.masked_fill(~reliable, IGNORE))
+        learned = self._adapted(learned, t.valid, reliable, share) if c.adaptive else learned
+        terms.append(("loss_unlabelled", 1.0, learned))
+        scalars = {"reliable": reliable.sum() / t.valid.sum(), "limit": limit}
+        scalars |= self._judged(t.probs[:count], labelled.mask, limit)
         if c.weight:
-            keyed = {"unreliable": unreliable, "reliable": reliable, "all": valid}[c.negatives]
-            contrastive, told = self._contrast(labelled.mask, label, reliable, keyed, small, keys, seen.features)
-            terms.append((c.weight, contrastive))
-            names.append("loss_contrastive")
+            keyed = {"unreliable": unreliable, "reliable": reliable, "all": t.valid}[c.negatives]
+            contrastive, told = self._contrast(labelled.mask, t, reliable, keyed, seen.features)
+            terms.append(("loss_contrastive", c.weight, contrastive))
             scalars |= told
-
-        values = self.update("student", *terms)
-        ema_update(self.teacher, self.student, clock.step - begin, c.ema)
-        return {"loss": values[0], **dict(zip(names, values[-len(names) :], strict=True)), **scalars}
+        return self._update(terms, clock.step - begin) | scalars
 
     def _warm_up(self, labelled: Labelled) -> dict[str, Tensor]:
         """Labelled images alone; the teacher is the student, to be evaluated."""
-        values = self.update("student", *self._supervised(self.student(labelled.image), labelled.mask))
-        ema_update(self.teacher, self.student, 0, self.config.ema)
-        return {"loss": values[0]}
+        seen = self.student(labelled.image)
+        terms = self._supervised(seen, labelled.mask)
+        if seen.features is not None:  # no gradient at all is another case for optimisers than one of zero
+            terms.append(("", 0.0, Share(seen.features.sum(), seen.features.new_ones(()))))
+        return self._update(terms, 0)
 
-    def _supervised(self, seen: Views, mask: Tensor) -> list[tuple[float, Share]]:
-        terms: list[tuple[float, Share]] = self.loss(seen.logits[: len(mask)], mask)
+    def _update(self, terms: Sequence[Term], averaged: int) -> dict[str, Tensor]:
+        """One step of student and teacher, averaged so many times before; the values of the terms by name."""
+        values = self.update("student", *((weight, share) for _, weight, share in terms))
+        ema_update(self.teacher, self.student, averaged, self.config.ema)
+        return {name: value for (name, _, _), value in zip(terms, values, strict=True) if name}
+
+    def _supervised(self, seen: Views, mask: Tensor) -> list[Term]:
+        terms = _named("loss", self.loss(seen.logits[: len(mask)], mask))
         if seen.auxiliary is not None:
-            terms += self.loss(seen.auxiliary[: len(mask)], mask, self.config.auxiliary)
+            terms += _named("loss_auxiliary", self.loss(seen.auxiliary[: len(mask)], mask, self.config.auxiliary))
         return terms
 
-    def _mix(self, unlabelled: Unlabelled, probs: Tensor, taught: Views, count: int) -> tuple[Tensor, ...]:
-        """The unlabelled images as the student sees them, and the teacher's word on each of their pixels.
-
-        Returns image, label, entropy and valid (B, [N,] H, W); then of all images, behind the first `count` ones the
-        mixed ones, class probabilities and keys (2B, ., h, w) at the features' size.
-        """
+    def _mix(self, unlabelled: Unlabelled, views: Views, count: int) -> Taught:
+        """`views` of the teacher on the labelled images, `count` of them, and these; its logits of these alone."""
         c, u, partner = self.config, unlabelled.view(0), unlabelled.partner
-        image, label, nats, valid = to_float(unlabelled.image), winner(probs), entropy(probs), unlabelled.valid
-        small, keys = taught.small.softmax(1), taught.features
+        image, valid = to_float(unlabelled.image), unlabelled.valid
+        probs = views.logits.softmax(1)
+        label, nats = winner(probs), entropy(probs)
+        small, keys = views.small.softmax(1), views.features
+        if c.mix == "none":
+            return Taught(image, label, nats, valid, small, keys)
         if c.mix == "classmix":
             region = class_region(u, label.masked_fill(~valid, IGNORE)[partner], self.build.classes, c.mix_share)
-        elif c.mix == "none":
-            region = torch.zeros_like(valid)
         else:
             region = half_box(u, (image.shape[2], image.shape[3]), c.mix_share)
         if c.mix == "cutout":
             mean = self.student.net.normalise.mean.to(image.dtype)
-            return torch.where(region.unsqueeze(1), mean, image), label, nats, valid & ~region, small, keys
+            image = torch.where(region.unsqueeze(1), mean, image)
+            return Taught(image, label, nats, valid & ~region, small, keys)
         coarse = self.student.pick(region, small, False)
-        mixed = mix(coarse, partner, small[count:], keys[count:])
-        small, keys = (torch.cat([whole[:count], part]) for whole, part in zip((small, keys), mixed, strict=True))
-        return (*mix(region, partner, image, label, nats, valid), small, keys)
+        small = torch.cat([small[:count], *mix(coarse, partner, small[count:])])
+        keys = None if keys is None else torch.cat([keys[:count], *mix(coarse, partner, keys[count:])])
+        image, label, nats, valid = mix(region, partner, image, label, nats, valid)
+        return Taught(image, label, nats, valid, small, keys)
+
+    def _adapted(self, learned: Share, valid: Tensor, reliable: Tensor, share: float) -> Share:
+        """The mean over the reliable pixels times N/n.
+
+        N/n is about 1/share. It is bounded by twice that, for where many entropies are equal, as at the very start of a
+        run, the limit misses its share, and a few pixels would outweigh all labelled ones.
+        """
+        pixels, trusted = parallel.shared_sum([valid.sum().double(), reliable.sum().double()])
+        over = pixels.minimum(2 * trusted / max(share, 1e-9)) / parallel.world()
+        return Share(learned.total, learned.count, over)
 
     def _limit(self, nats: Tensor, valid: Tensor, share: float) -> Tensor:
-        """The entropy below which `share` of the valid pixels of all processes lie; NaN, on no side of which anything
-        lies, where there is none; infinite for a share of 1."""
+        """The entropy below which `share` of the valid pixels of all processes lie.
+
+        Infinite for a share of 1; where no pixel is valid NaN, on no side of which anything lies.
+        """
         if share == 1:
             return nats.new_full((), torch.inf)
         if self.config.quantile == "exact":
@@ -210,26 +249,20 @@ class U2PL(StepMethod):
         return threshold(parallel.added(histogram(nats, valid, classes)), share, classes)
 
     def _contrast(
-        self,
-        mask: Tensor,
-        label: Tensor,
-        reliable: Tensor,
-        keyed: Tensor,
-        small: Tensor,
-        keys: Tensor,
-        features: Tensor,
+        self, mask: Tensor, t: Taught, reliable: Tensor, keyed: Tensor, features: Tensor
     ) -> tuple[Share, dict[str, Tensor]]:
         """L_c, and what is to be known of it.
 
-        mask of the labelled images, label, reliable and keyed (may be negatives) of the mixed ones, each (B, H, W); of
-        all of them class probabilities, keys and the student's features (2B, ., h, w).
+        mask of the labelled images; reliable, and keyed, which may be negatives, of the mixed ones, each (B, H, W);
+        features of all, the student's (2B, D, h, w).
         """
-        c, pick = self.config, self.student.pick
-        label = pick(torch.cat([mask.long(), label]), features, IGNORE).flatten()
+        c, pick, keys = self.config, self.student.pick, t.keys
+        assert keys is not None
+        label = pick(torch.cat([mask.long(), t.label]), features, IGNORE).flatten()
         trusted = pick(torch.cat([mask != IGNORE, reliable]), features, False).flatten()
         keyed = pick(torch.cat([torch.zeros_like(keyed), keyed]), features, False).flatten()
         masked = torch.arange(len(label), device=label.device) < len(label) // 2
-        probs = small.permute(0, 2, 3, 1).flatten(0, 2)
+        probs = t.probs.permute(0, 2, 3, 1).flatten(0, 2)
         pixels, classes = probs.shape
         draw = partial(torch.rand, classes, device=probs.device)
 
@@ -241,7 +274,8 @@ class U2PL(StepMethod):
 
         world = parallel.world()
         chosen, good = draw_keys(negatives, draw(pixels), max(1, c.push // world))
-        self.bank.push(parallel.joined(F.normalize(at(keys, chosen), dim=-1), 1), parallel.joined(good, 1))
+        new = F.normalize(at(keys, chosen), dim=-1).to(self.bank.keys.dtype)
+        self.bank.push(parallel.joined(new, 1), parallel.joined(good, 1))
 
         each = max(1, c.anchors // world)
         drawn = at(features, draw_anchors(anchors, label, draw(each)))
@@ -258,9 +292,9 @@ class U2PL(StepMethod):
         return share, told | {f"queue/{name}": fill for name, fill in zip(names, self.bank.fill, strict=True)}
 
     @torch.no_grad()
-    def _judged(self, small: Tensor, mask: Tensor, limit: Tensor) -> dict[str, Tensor]:
+    def _judged(self, probs: Tensor, mask: Tensor, limit: Tensor) -> dict[str, Tensor]:
         """How often the teacher is right on either side of the limit, on labelled images, whose masks are known."""
-        probs, mask = small.softmax(1), self.student.pick(mask.long(), small, IGNORE)
+        mask = self.student.pick(mask.long(), probs, IGNORE)
         right, known, low = winner(probs) == mask, mask != IGNORE, entropy(probs) < limit
         return {
             "accuracy_reliable": (right & known & low).sum() / (known & low).sum(),
@@ -269,6 +303,11 @@ class U2PL(StepMethod):
 
     def predictor(self) -> nn.Module:
         return self.teacher.net
+
+
+def _named(name: str, terms: Sequence[tuple[float, Share]]) -> list[Term]:
+    """The first term, the cross-entropy, has the name."""
+    return [(name if i == 0 else "", weight, share) for i, (weight, share) in enumerate(terms)]
 
 
 def _ranks(config: U2PL.Config, classes: int) -> tuple[int, int]:

@@ -152,8 +152,8 @@ class Build:
             net = net.to(memory_format=torch.channels_last)
         return net.to(self.device)
 
-    def projected(self, width: int, auxiliary: bool = False, salt: int = 2) -> Projected:
-        """A new network with a head for features of `width`, and if wanted an auxiliary classifier.
+    def projected(self, width: int, features: bool = True, auxiliary: bool = False, salt: int = 2) -> Projected:
+        """A new network, and if wanted a head for features, and an auxiliary classifier, with layers of `width`.
 
         Raises:
             InputError: the network does not come in parts, so that there is no fused map; or see `network`.
@@ -169,7 +169,7 @@ class Build:
                 "network: the encoder has a single map, and an auxiliary classifier needs the last but one."
             )
         with _drawn_from(self.seed, salt):
-            projection = Head(net.width, width, width, 2, self.precision)
+            projection = Head(net.width, width, width, 2, self.precision) if features else None
             classifier = Head(net.widths[-2], width, self.classes, 1, self.precision) if auxiliary else None
         heads = nn.ModuleList(head for head in (projection, classifier) if head is not None)
         if parallel.world() > 1 and self.device.type == "cuda":

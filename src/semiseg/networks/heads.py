@@ -37,26 +37,26 @@ class Head(nn.Module):
 @dataclass(frozen=True)
 class Views:
     """What a `Projected` network sees in images: logits (B, C, H, W), the same at the features' size (B, C, h, w),
-    features (B, D, h, w), and the auxiliary logits (B, C, H, W) or None."""
+    features (B, D, h, w), and the auxiliary logits (B, C, H, W); None where there is no such head."""
 
     logits: Tensor
     small: Tensor
-    features: Tensor
+    features: Tensor | None
     auxiliary: Tensor | None
 
 
 class Projected(nn.Module):
-    """A SegNet with a head that projects its fused map to features, and if wanted an auxiliary classifier.
+    """A SegNet, and if wanted a head that projects its fused map to features, and an auxiliary classifier.
 
     stride  px of the image a side of one feature, 4 or the network's
     """
 
-    def __init__(self, net: SegNet, projection: Head, auxiliary: Head | None = None) -> None:
+    def __init__(self, net: SegNet, projection: Head | None, auxiliary: Head | None = None) -> None:
         """`auxiliary` classifies the encoder's last map but one."""
         super().__init__()
         self.net, self.projection, self.auxiliary = net, projection, auxiliary
-        self.step = max(1, FINEST // net.stride)
-        self.stride = net.stride * self.step
+        self.pooled = max(1, FINEST // net.stride)
+        self.stride = net.stride * self.pooled
 
     def forward(self, image: Tensor, large: slice = slice(None)) -> Views:
         """Images (B, N, H, W) as SegNet takes them. `large`: the images of which logits at their size are wanted."""
@@ -64,11 +64,12 @@ class Projected(nn.Module):
         maps = self.net.encode(image)
         fused = self.net.fuse(maps)
         logits = self.net.classify(fused)
-        small, fine = (F.avg_pool2d(t, self.step) if self.step > 1 else t for t in (logits, fused))
+        small, fine = (F.avg_pool2d(t, self.pooled) if self.pooled > 1 else t for t in (logits, fused))
+        features = None if self.projection is None else self.projection(fine)
         auxiliary = None
         if self.auxiliary is not None:
             auxiliary = self.net.enlarge(self.auxiliary(maps[-2])[large], size, self.net.strides[-2])
-        return Views(self.net.enlarge(logits[large], size, self.net.stride), small, self.projection(fine), auxiliary)
+        return Views(self.net.enlarge(logits[large], size, self.net.stride), small, features, auxiliary)
 
     def pick(self, pixels: Tensor, like: Tensor, outside: float) -> Tensor:
         """The pixel in the middle of every feature: (B, H, W) -> (B, h, w), `outside` where features see padding."""

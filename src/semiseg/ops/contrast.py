@@ -1,4 +1,4 @@
-"""A pixel's feature shall be near those of its class and far from those that are of no use but to say what it is not.
+"""Contrast: a pixel's feature is drawn to its class's and away from those of pixels that are surely of another class.
 
 Source: Wang et al., "Semi-Supervised Semantic Segmentation Using Unreliable Pseudo-Labels" (U2PL), CVPR 2022. Classes
 are a dimension here, never a loop; chance comes in as uniform numbers u in [0, 1).
@@ -25,8 +25,9 @@ def candidates(
     unlabelled pixels that may become negatives, in the paper the unreliable ones.
 
     `least`: an anchor's class has a higher probability. `ranks` (low, high): a class's rank in a pixel is how many
-    classes are more probable there. An unlabelled pixel is a negative of the classes of rank low..high-1, neither
-    confusable nor hopeless ones; a labelled pixel of the other classes of rank below low, that tempted the teacher.
+    classes are more probable there. An unlabelled pixel is a negative of the classes of rank low..high-1: it may be of
+    those before, and those behind nobody would take it for. A labelled pixel is a negative of the classes of rank below
+    low that are not its own: the teacher was tempted.
 
     Returns (anchors, negatives), each (P, C) bool.
     """
@@ -43,9 +44,10 @@ def _before(probs: Tensor, rank: int) -> Tensor:
     behind = probs.shape[1] - rank
     if behind <= 0:
         return torch.ones_like(probs, dtype=torch.bool)
+    # The class of rank - 1, the rank-th from above, by whichever way is shorter.
     if rank <= behind:
         return probs >= probs.topk(rank, dim=1, sorted=False).values.amin(1, keepdim=True)
-    return probs > probs.topk(behind, dim=1, largest=False, sorted=False).values.amax(1, keepdim=True)
+    return probs >= probs.topk(behind + 1, dim=1, largest=False, sorted=False).values.amax(1, keepdim=True)
 
 
 def class_sums(anchors: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,9 +58,10 @@ def class_sums(anchors: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
 
 def at(maps: Tensor, pixels: Tensor) -> Tensor:
     """What maps (B, D, h, w) hold at pixels (C, M), numbered over images, rows and columns -> (C, M, D)."""
-    # Never the maps as (P, D): they are large, and only for one memory layout that is no copy.
-    _, _, height, width = maps.shape
-    return maps[pixels // (height * width), :, pixels // width % height, pixels % width]
+    # Rows of the maps: no copy where channels are last in memory. Not maps[b, :, y, x]: on several threads of a CPU
+    # its gradient adds up in an order of its own, and no run could be repeated bit for bit.
+    found = maps.movedim(1, -1).flatten(0, 2).index_select(0, pixels.flatten())
+    return found.view(*pixels.shape, maps.shape[1])
 
 
 def draw_anchors(anchors: Tensor, label: Tensor, u: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
-"""The teacher as an exponential moving average of the student (Tarvainen and Valpola 2017)."""
+"""The teacher as an exponential moving average of the student (Tarvainen and Valpola 2017), and how it gains weight."""
 
 import copy
+import math
 from typing import TypeVar
 
 import torch
@@ -31,3 +32,8 @@ def ema_update(teacher: nn.Module, student: nn.Module, step: int, decay: float) 
         torch._foreach_lerp_([old for old, _ in averaged], [new for _, new in averaged], 1 - d)
     if copied:
         torch._foreach_copy_([old for old, _ in copied], [new for _, new in copied])
+
+
+def ramped(progress: float, ramp: float) -> float:
+    """A factor that rises from 0.007 to 1 over the first `ramp` (0..1) of a run (Laine & Aila, ICLR 2017)."""
+    return math.exp(-5 * (1 - min(progress / ramp, 1)) ** 2) if ramp else 1.0
