@@ -26,9 +26,11 @@ from semiseg.types import InputError
 BENCHMARKS = str(Path(__file__).parents[1] / "benchmarks")
 if BENCHMARKS not in sys.path:  # as Python does for a script
     sys.path.insert(0, BENCHMARKS)
-common, passes, step, data, ledger, summary, accuracy, mechanism, critic, processes = map(
-    import_module,
-    ("common", "passes", "step", "data", "ledger", "summary", "accuracy", "mechanism", "critic", "processes"),
+common, passes, step, data, ledger, summary, accuracy = map(
+    import_module, ("common", "passes", "step", "data", "ledger", "summary", "accuracy")
+)
+mechanism, critic, partition, contrast, processes = map(
+    import_module, ("mechanism", "critic", "partition", "contrast", "processes")
 )
 
 Write = Callable[..., Path]
@@ -155,6 +157,27 @@ def test_least_passes_of_a_method_with_a_critic(recipe: Write, unlabelled: str, 
     assert seen == sizes
     assert all(w.grad is None for w in bench.method.parameters())
     bench.whole()
+
+
+@pytest.mark.parametrize(
+    ("method", "student", "teacher"),
+    [("meanteacher", [4], [4]), ("cutmixseg", [2, 2], [2]), ("u2pl", [4], [4])],
+)
+def test_least_passes_of_methods_with_a_teacher(
+    recipe: Write, method: str, student: list[int], teacher: list[int]
+) -> None:
+    options: dict[str, Any] = {"method__queue": 64, "method__queue_first": 64, "method__push": 64}
+    path = recipe(method__name=method, **(options if method == "u2pl" else {}))
+    bench = passes.prepare(load_recipe(path), torch.device("cpu"), path.parent)
+    seen: dict[str, list[int]] = {"student": [], "teacher": []}
+    for name, found in seen.items():
+        net = getattr(bench.method, name)
+        net.register_forward_pre_hook(lambda _, args, found=found: found.append(len(args[0])))
+    bench.least()()
+    assert seen == {"student": student, "teacher": teacher}
+    assert all(w.grad is None for w in bench.method.parameters())
+    bench.whole()
+    assert "contrastive part" in step.breakdown(bench, 1) or method != "u2pl"
 
 
 def test_breakdown_leaves_nothing_changed(recipe: Write) -> None:
@@ -443,6 +466,70 @@ def test_critic_measures_a_run(recipe: Write, tmp_path: Path, capsys: pytest.Cap
     assert "| as it is" in capsys.readouterr().out
     with pytest.raises(InputError, match="--only nothing is unknown"):
         critic.main([*arguments[:-2], "nothing"])
+
+
+@pytest.mark.parametrize("photo", [True, False])
+def test_a_picture_without_the_data_set(tmp_path: Path, photo: bool) -> None:
+    image, label = np.full((2, 3, 3), 10, dtype=np.uint8), np.array([[0, 1, 255]] * 2)
+    found = common.coloured(image if photo else None, label, [(200, 0, 0), (0, 100, 0)])
+    assert found.shape == (2, 3, 3)
+    assert found[0].tolist() == (
+        [[105, 5, 5], [5, 55, 5], [10] * 3] if photo else [[200, 0, 0], [0, 100, 0], [255] * 3]
+    )
+    common.draw_panels(tmp_path / "a.png", [("label", found), ("map", np.zeros((2, 3)))], (0.0, 1.0))
+    assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+# ---- partition.py and contrast.py
+
+
+def test_partition_measures_a_run(recipe: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"queue": 64, "queue_first": 64, "push": 32, "width": 8, "warm_up": 0.0, "least": 0.0}
+    path = recipe(
+        train__steps=4, train__log_every=1, method__name="u2pl", **{f"method__{k}": v for k, v in options.items()}
+    )
+    out = tmp_path / "u2pl.json"
+    arguments = [str(path), "--out", str(out), "--runs", str(tmp_path / "runs"), "--only", "as it is", "no partition"]
+    partition.main([*arguments, "--json"])
+    one, other = printed(capsys)["variants"]
+    assert [point["step"] for point in one["over_time"]] == [1, 2, 4]
+    for line in (one, other):
+        assert line["images"] == 2
+        assert all(0 <= p[key] <= 1 for p in line["over_time"] for key in ("reliable_right", "unreliable_right"))
+        assert all(p["least_other"] <= p["other"] <= 1 for p in line["over_time"])
+    assert 0 <= one["nearest"] <= 1
+    assert out.with_suffix(".png").stat().st_size > 1000
+    partition.main(arguments)
+    assert "| as it is" in capsys.readouterr().out
+    with pytest.raises(InputError, match="--only nothing is unknown"):
+        partition.main([*arguments[:-2], "nothing"])
+    with pytest.raises(InputError, match="fixmatch has no partition"):
+        partition.main([str(recipe("other")), *arguments[1:5], "--only", "as it is"])
+
+
+def test_negatives_by_hand() -> None:
+    """Three classes, ranks 1 to 2: an unreliable pixel is a negative of its second class."""
+    taught = object.__new__(partition.Taught)
+    taught.classes, taught.ranks, taught.limit = 3, (1, 2), torch.tensor(0.5)
+    taught.masks, taught.nats = torch.tensor([0, 1, 2, 255]), torch.tensor([0.6, 0.7, 0.1, 0.9])
+    taught.probs = torch.tensor([[0.5, 0.4, 0.1], [0.5, 0.4, 0.1], [0.1, 0.2, 0.7], [0.2, 0.5, 0.3]])
+    taught.labels = taught.probs.argmax(1)
+    assert taught.partition() == {"reliable_right": 1.0, "unreliable_right": 0.5}
+    found = taught.negatives("unreliable")
+    assert found == pytest.approx({"other": 0.5, "at_random": 2 / 3, "least_other": 0.5})
+    assert taught.negatives("all") == pytest.approx(dict.fromkeys(("other", "at_random", "least_other"), 2 / 3))
+
+
+def test_contrast_is_measured(recipe: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"queue": 64, "queue_first": 64, "push": 64}
+    path = recipe(method__name="u2pl", **{f"method__{name}": value for name, value in options.items()})
+    sizes = ["--classes", "5", "--images", "4", "--side", "16", "--width", "8", "--queue", "2000", "--rounds", "1"]
+    contrast.main([*sizes, "--device", "cpu", "--step", str(path), "--json"])
+    found = printed(capsys)
+    assert found["faster"] == pytest.approx(found["loop_ms"] / found["ours_ms"])
+    assert 0.5 <= found["queues_in_float32"] < 0.51
+    assert found["part_of_step"] > 0
+    assert "times faster" in contrast.as_text(found)
 
 
 # ---- processes.py
