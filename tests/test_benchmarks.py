@@ -29,8 +29,8 @@ if BENCHMARKS not in sys.path:  # as Python does for a script
 common, passes, step, data, ledger, summary, accuracy = map(
     import_module, ("common", "passes", "step", "data", "ledger", "summary", "accuracy")
 )
-mechanism, critic, partition, contrast, processes = map(
-    import_module, ("mechanism", "critic", "partition", "contrast", "processes")
+mechanism, critic, partition, contrast, centroids, processes = map(
+    import_module, ("mechanism", "critic", "partition", "contrast", "centroids", "processes")
 )
 
 Write = Callable[..., Path]
@@ -530,6 +530,19 @@ def test_contrast_is_measured(recipe: Write, capsys: pytest.CaptureFixture[str])
     assert 0.5 <= found["queues_in_float32"] < 0.51
     assert found["part_of_step"] > 0
     assert "times faster" in contrast.as_text(found)
+
+
+# ---- centroids.py
+
+
+def test_centroids_are_timed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEMISEG_CACHE", "changed and put back")
+    centroids.main(["--maps", "23", "--height", "40", "--width", "80", "--classes", "5", "--workers", "0", "--json"])
+    found = printed(capsys)
+    assert found["maps"] == 23
+    assert found["places"] > 23
+    assert found["maps_per_second"] == pytest.approx(23 / found["seconds"])
+    assert "target: 3000 maps" in centroids.as_text(found)
 
 
 # ---- processes.py
