@@ -47,6 +47,7 @@ VARIANTS = {
     "T_semi 0.3": ["method.threshold=0.3"],
     "T_semi 1": ["method.threshold=1"],
     "image-level critic": ["method.critic=image"],
+    "critic_scale 2": ["method.critic_scale=2"],
     "lambda_adv 0.005": ["method.lambda_adv=0.005"],
     "lambda_adv 0.02": ["method.lambda_adv=0.02"],
     "lambda_adv 0.05": ["method.lambda_adv=0.05"],
