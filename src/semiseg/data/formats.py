@@ -70,6 +70,10 @@ class MaskCode:
             if colour in known[:index]:
                 raise InputError(f"classes.json: the colour {colour} stands for two classes; give each its own.")
 
+    def plain(self) -> "MaskCode":
+        """That of masks which hold the same classes' ids as they are, and IGNORE."""
+        return MaskCode(self.classes, values=tuple((label, label) for label in range(self.classes)))
+
 
 def read_image(path: Path, channels: int) -> Pixels:
     """Decodes an image as it is shown: palette and CMYK to RGB, alpha dropped, turned as EXIF says.

@@ -1,7 +1,7 @@
 """Pools of images as columns: a million rows cost some 60 MB, where a list of objects would cost gigabytes."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self, overload
 
@@ -14,11 +14,15 @@ Strings = NDArray[Any]
 
 
 class Row(NamedTuple):
-    """One image of a pool. `name` is its entry in the pool's image column; `mask` is None for an unlabelled image."""
+    """One image of a pool. `name` is its entry in the pool's image column; `mask` is None for an unlabelled image.
+
+    `plain`: the mask holds class ids and IGNORE as they are, whatever the code of the data's own masks.
+    """
 
     image: Path
     mask: Path | None
     name: str
+    plain: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,15 +30,17 @@ class Rows:
     """A pool of images, some or all with masks.
 
     root: absolute folder, or "" where the columns hold absolute paths; image (n,) and mask (n,) StringDType: paths
-    relative to root with forward slashes, mask "" for none.
+    relative to root with forward slashes, mask "" for none; plain (n,) bool as in Row, none: of no row.
     """
 
     root: str
     image: Strings
     mask: Strings
+    plain: NDArray[np.bool_] | None = None
 
     def __post_init__(self) -> None:
         assert self.image.shape == self.mask.shape and self.image.ndim == 1
+        assert self.plain is None or self.plain.shape == self.image.shape
 
     @classmethod
     def of(cls, root: Path | str, images: Iterable[str], masks: Iterable[str] | None = None) -> Self:
@@ -54,9 +60,11 @@ class Rows:
         """A number gives that Row; a slice, an index array or a boolean array gives the chosen Rows in that order."""
         if isinstance(key, (int, np.integer)):
             name, mask = self.image[key], self.mask[key]
-            return Row(Path(self.root, name), Path(self.root, mask) if mask else None, name)
+            plain = self.plain is not None and bool(self.plain[key])
+            return Row(Path(self.root, name), Path(self.root, mask) if mask else None, name, plain)
         index = np.array(key, np.intp) if isinstance(key, list) else key
-        return type(self)(self.root, self.image[index], self.mask[index])
+        plain_rows = None if self.plain is None else self.plain[index]
+        return type(self)(self.root, self.image[index], self.mask[index], plain_rows)
 
     def __iter__(self) -> Iterator[Row]:
         return (self[index] for index in range(len(self)))
@@ -65,8 +73,12 @@ class Rows:
         """One pool after the other; where the roots differ, the columns become absolute paths and the root ""."""
         if self.root != other.root:
             return self._absolute() + other._absolute()
-        columns = [np.concatenate(pair) for pair in ((self.image, other.image), (self.mask, other.mask))]
-        return Rows(self.root, *columns)
+        image, mask = (np.concatenate(pair) for pair in ((self.image, other.image), (self.mask, other.mask)))
+        plain = None
+        if self.plain is not None or other.plain is not None:
+            parts = [np.zeros(len(part), np.bool_) if part.plain is None else part.plain for part in (self, other)]
+            plain = np.concatenate(parts)
+        return Rows(self.root, image, mask, plain)
 
     @property
     def names(self) -> Strings:
@@ -82,8 +94,14 @@ class Rows:
         """The same images with no mask, so that none can be opened."""
         return Rows(self.root, self.image, np.zeros(len(self), StringDType()))
 
+    def with_plain_masks(self, masks: Iterable[Path]) -> "Rows":
+        """The same images with masks of plain class ids, one absolute path a row."""
+        columns = [Path(self.root, p).as_posix() for p in self.image], [p.as_posix() for p in masks]
+        rows = Rows.of("", *columns)
+        return Rows("", rows.image, rows.mask, np.ones(len(self), np.bool_))
+
     def _absolute(self) -> "Rows":
         if self.root == "":
             return self
         image, mask = ([Path(self.root, p).as_posix() if p else "" for p in c] for c in (self.image, self.mask))
-        return Rows.of("", image, mask)
+        return replace(Rows.of("", image, mask), plain=self.plain)

@@ -1,7 +1,7 @@
 """From image files to mask files at the images' own sizes: resumable, each file written at once."""
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from semiseg.data.splits import IMAGE_SUFFIXES
 from semiseg.engine.evaluate import Network, ahead, probabilities, to_tensor
 from semiseg.files import replacing
 from semiseg.ops.resize import resize
-from semiseg.types import InferenceConfig, InputError
+from semiseg.types import IGNORE, InferenceConfig, InputError
 
 Image8 = NDArray[np.uint8]
 
@@ -95,47 +95,82 @@ def predict_files(
     Returns:
         how many were predicted, how many were there before, and the files that could not be read with the reason.
     """
-    todo, there = [], 0
+    jobs = []
     images = _without(find_images(paths), paths, out)
     sources = {source.resolve() for source, _ in images}
     for source, name in images:
-        results = [out / name.with_name(name.name + ".png")]
-        if confidence:
-            results.append(out / "confidence" / name.with_name(name.name + ".png"))
-        if overlay:
-            results.append(out / "overlay" / name.with_name(name.name + ".jpg"))
-        if results[0].resolve() in sources:
+        png, jpg = (name.with_name(name.name + suffix) for suffix in (".png", ".jpg"))
+        job = Job(
+            source,
+            out / png,
+            out / "confidence" / png if confidence else None,
+            out / "overlay" / jpg if overlay else None,
+        )
+        if job.mask.resolve() in sources:
             raise InputError(
-                f"{results[0]} would be the mask of {source}, but it is an image itself: choose another --out."
+                f"{job.mask} would be the mask of {source}, but it is an image itself: choose another --out."
             )
-        if all(path.exists() for path in results):
-            there += 1
-        else:
-            todo.append((source, results))
+        jobs.append(job)
+    there = sum(job.done() for job in jobs)
+    failed = run_jobs(predictor, jobs)
+    return len(jobs) - there - len(failed), there, failed
 
-    def read(job: tuple[Path, list[Path]]) -> NDArray[np.generic] | InputError:
+
+@dataclass(frozen=True)
+class Job:
+    """An image, and the files that its results get: mask, and where wanted confidence (0..255) and overlay."""
+
+    source: Path
+    mask: Path
+    confidence: Path | None = None
+    overlay: Path | None = None
+
+    def done(self) -> bool:
+        return all(path.exists() for path in (self.mask, self.confidence, self.overlay) if path is not None)
+
+
+def run_jobs(
+    predictor: Predictor, jobs: Sequence[Job], least: float = 0.0, title: str = "predicting"
+) -> dict[str, str]:
+    """Predicts what is not done, while other threads read what comes next and write what came before.
+
+    Each of several processes takes a part. In the masks pixels of a lower confidence than `least` are IGNORE.
+
+    Returns:
+        of all processes, the images that could not be read, each with the reason.
+    """
+
+    def read(job: Job) -> NDArray[np.generic] | InputError:
         try:
-            return read_image(job[0], predictor.channels)
+            return read_image(job.source, predictor.channels)
         except InputError as error:
             return error
 
-    parallel.wait()  # until all have seen the same files, before one writes any
-    todo = todo[parallel.rank() :: parallel.world()]
-    failed: dict[str, str] = {}
-    read_images = track(ahead(read, todo), "predicting", len(todo), transient=True, disable=not sys.stdout.isatty())
-    for (source, results), image in zip(todo, read_images, strict=True):
-        if isinstance(image, InputError):
-            failed[str(source)] = str(image)
-            continue
-        prediction = predictor(image)
+    def predicted() -> Iterator[tuple[Job, NDArray[np.generic], Prediction]]:
+        shown = track(ahead(read, mine), title, len(mine), transient=True, disable=not sys.stdout.isatty())
+        for job, image in zip(mine, shown, strict=True):
+            if isinstance(image, InputError):
+                failed[str(job.source)] = str(image)
+            else:
+                yield job, image, predictor(image)
+
+    def write(done: tuple[Job, NDArray[np.generic], Prediction]) -> None:
+        job, image, prediction = done
         # The mask last: where it is, the others are.
-        if overlay:
-            _save(Image.fromarray(blend(image, prediction.mask, predictor.palette)), results[-1])
-        if confidence:
-            _save(Image.fromarray((prediction.confidence * 255).round().astype(np.uint8)), results[1])
-        write_mask(results[0], prediction.mask, predictor.palette)
-    parts = parallel.gather((len(todo) - len(failed), failed))
-    return sum(done for done, _ in parts), there, {path: reason for _, part in parts for path, reason in part.items()}
+        if job.overlay is not None:
+            _save(Image.fromarray(blend(image, prediction.mask, predictor.palette)), job.overlay)
+        if job.confidence is not None:
+            _save(Image.fromarray((prediction.confidence * 255).round().astype(np.uint8)), job.confidence)
+        mask = np.where(prediction.confidence < least, np.uint8(IGNORE), prediction.mask) if least else prediction.mask
+        write_mask(job.mask, mask, predictor.palette)
+
+    todo = [job for job in jobs if not job.done()]
+    parallel.wait()  # until all have seen the same files, before one writes any
+    mine = todo[parallel.rank() :: parallel.world()]
+    failed: dict[str, str] = {}
+    for _ in ahead(write, predicted()):
+        pass
+    return {path: reason for part in parallel.gather(failed) for path, reason in part.items()}
 
 
 def _without(images: list[tuple[Path, Path]], paths: Sequence[Path], out: Path) -> list[tuple[Path, Path]]:

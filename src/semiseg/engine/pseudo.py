@@ -1,0 +1,142 @@
+"""Labels that a network gives to images without masks, on the disk, for another network to learn.
+
+The same pipeline as `semiseg predict --confidence`, with files by number in folders of a thousand: large folders are
+slow, and two images of one name do not meet.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import nn
+
+from semiseg import parallel
+from semiseg.data.rows import Rows
+from semiseg.data.splits import Data
+from semiseg.engine.evaluate import ahead
+from semiseg.engine.predict import Job, Predictor, run_jobs
+from semiseg.files import sweep, write_json
+from semiseg.types import InferenceConfig, InputError, some
+
+CARD = "labels.json"
+SHARD = 1000
+
+
+def pseudo_label(
+    net: nn.Module,
+    rows: Rows,
+    data: Data,
+    folder: Path,
+    inference: InferenceConfig,
+    device: torch.device,
+    least: float = 0.0,
+) -> tuple[Rows, list[str]]:
+    """Writes a label and a confidence map for each row below `folder`, or goes on with what is there.
+
+    Args:
+        net: the teacher; it stays in the mode it is in.
+        rows: images, with or without masks; masks are not opened.
+        data: classes, channels and size.
+        folder: of these labels alone.
+        inference: window, mirror images and scales of the teacher.
+        device: where the teacher is.
+        least: confidence below which a pixel is IGNORE, 0..1.
+
+    Returns:
+        the rows with their labels as masks, without those whose image cannot be read; and remarks for the user.
+
+    Raises:
+        InputError: the folder holds labels of another teacher, of other images or by other options.
+    """
+    _claim(folder, _fingerprint(net, rows, data, inference, least))
+    jobs = [Job(row.image, _file(folder, "labels", i), _file(folder, "confidence", i)) for i, row in enumerate(rows)]
+    sizes = data.config.channels, data.config.size
+    predictor = Predictor(net, data.classes, data.palette, *sizes, inference, device)
+    modes = [(module, module.training) for module in net.modules()]
+    net.eval()
+    failed = run_jobs(predictor, jobs, least, "labelling")
+    for module, training in modes:
+        module.training = training
+    parallel.wait()
+    good = [i for i, job in enumerate(jobs) if str(job.source) not in failed]
+    remarks = [f"no pseudo-label for {some(failed)}: it cannot be read"] if failed else []
+    if least > 0 and (counts := _confidences([jobs[i] for i in good])).any():
+        remarks.append(_told(counts, least))
+    return rows[good].with_plain_masks(jobs[i].mask.absolute() for i in good), remarks
+
+
+def _file(folder: Path, kind: str, number: int) -> Path:
+    return folder / kind / f"{number // SHARD:04d}" / f"{number:07d}.png"
+
+
+def _fingerprint(net: nn.Module, rows: Rows, data: Data, inference: InferenceConfig, least: float) -> dict[str, Any]:
+    """What labels depend on."""
+    weights = hashlib.sha256()
+    for name, tensor in net.state_dict().items():
+        weights.update(name.encode())
+        weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    images = hashlib.sha256("\n".join(rows.names).encode())
+    return {
+        "teacher": weights.hexdigest()[:16],
+        "images": f"{len(rows)}, {images.hexdigest()[:16]}",
+        "classes": list(data.classes),
+        "size": list(data.config.size) if isinstance(data.config.size, tuple) else data.config.size,
+        "inference": json.loads(inference.model_dump_json()),
+        "least": least,
+    }
+
+
+def _claim(folder: Path, mine: dict[str, Any]) -> None:
+    """Marks the folder as that of these labels.
+
+    Raises:
+        InputError: it is that of others.
+    """
+    card = folder / CARD
+    if card.exists():
+        theirs = json.loads(card.read_text(encoding="utf-8"))
+        other = [name for name, value in mine.items() if name not in theirs or theirs[name] != value]
+        if other:
+            raise InputError(
+                f"{folder} holds pseudo-labels that differ in {', '.join(other)}: remove the folder to make them anew, "
+                "or choose another run's folder to keep them."
+            )
+    parallel.wait()
+    if parallel.rank() == 0:
+        if card.exists():
+            sweep(folder)
+        else:
+            write_json(card, mine)
+    parallel.wait()
+
+
+def _confidences(jobs: list[Job]) -> NDArray[np.int64]:
+    """How many pixels of all maps have which confidence, 0..255: read from the files, for some were there before."""
+
+    def count(job: Job) -> NDArray[np.int64]:
+        assert job.confidence is not None
+        with Image.open(job.confidence) as image:
+            return np.bincount(np.asarray(image).ravel(), minlength=256)
+
+    mine = jobs[parallel.rank() :: parallel.world()]
+    own = np.zeros(256, dtype=np.int64)
+    for counts in ahead(count, mine):
+        own += counts
+    total: NDArray[np.int64] = np.stack(parallel.gather(own)).sum(0)
+    return total
+
+
+def _told(counts: NDArray[np.int64], least: float) -> str:
+    """How much `least` leaves, and where other limits would lie."""
+    upto = counts.cumsum() / counts.sum()
+    kept = 1 - (upto[round(255 * least) - 1] if round(255 * least) else 0.0)
+    tenth, half, most = (int(np.searchsorted(upto, share)) / 255 for share in (0.1, 0.5, 0.9))
+    spread = f"a tenth of the pixels are below {tenth:.2f}, half below {half:.2f}, nine tenths below {most:.2f}"
+    if kept == 0:
+        return f"NO pixel has a pseudo-label, none reaches a confidence of {least:g}: {spread}; {half:.2f} keeps half"
+    return f"{100 * kept:.1f} % of the pixels have a pseudo-label, of a confidence of at least {least:g} ({spread})"

@@ -1,0 +1,227 @@
+"""Pseudo-labels on the disk: the pixels of `predict`, whole files only, known by what they depend on."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from semiseg import parallel, testing
+from semiseg.data.cache import open_mask
+from semiseg.data.formats import MaskCode, read_mask
+from semiseg.data.loader import Steps
+from semiseg.data.rows import Rows
+from semiseg.data.sampling import Phase, Stream, Timetable
+from semiseg.data.splits import Data
+from semiseg.engine import pseudo
+from semiseg.engine.predict import Job, Predictor, predict_files
+from semiseg.engine.pseudo import pseudo_label
+from semiseg.types import IGNORE, InferenceConfig, InputError, Labelled
+
+CPU = torch.device("cpu")
+PLAIN = InferenceConfig()
+
+
+class Net(nn.Module):
+    """Probabilities from colours, the same in eval mode only."""
+
+    def __init__(self, classes: int = 3) -> None:
+        super().__init__()
+        self.mix = nn.Conv2d(3, classes, 3, padding=1)
+        self.norm = nn.BatchNorm2d(classes)
+
+    def forward(self, image: Tensor) -> Tensor:
+        logits: Tensor = 4 * self.norm(self.mix(image.float() / 255))
+        return logits
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEMISEG_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Data:
+    return testing.Case("supervised", tmp_path / "case").data()
+
+
+@pytest.fixture
+def net() -> Net:
+    torch.manual_seed(0)
+    made = Net()
+    made.norm.running_mean.fill_(0.1)  # type: ignore[union-attr]
+    return made
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*.*")) if p.is_file()}
+
+
+def label(net: nn.Module, data: Data, folder: Path, least: float = 0.0) -> tuple[Rows, list[str]]:
+    return pseudo_label(net, data.unlabelled, data, folder, PLAIN, CPU, least)
+
+
+def test_labels_are_those_of_predict(net: Net, data: Data, tmp_path: Path) -> None:
+    net.train()
+    rows, remarks = label(net, data, tmp_path / "labels")
+    assert net.training
+    assert net.norm.training
+    assert remarks == []
+    assert len(rows) == len(data.unlabelled)
+    predictor = Predictor(net.eval(), data.classes, data.palette, 3, None, PLAIN, CPU)
+    predict_files(predictor, [row.image for row in data.unlabelled], tmp_path / "out", confidence=True)
+    for number, row in enumerate(rows):
+        assert row.image == data.unlabelled[number].image
+        assert row.mask is not None
+        assert row.mask.read_bytes() == (tmp_path / "out" / f"{row.image.stem}.png").read_bytes()
+        confidence = tmp_path / "labels" / "confidence" / row.mask.parent.name / row.mask.name
+        assert confidence.read_bytes() == (tmp_path / "out" / "confidence" / f"{row.image.stem}.png").read_bytes()
+
+
+def test_killed_at_any_file_and_continued(net: Net, data: Data, tmp_path: Path) -> None:
+    label(net, data, tmp_path / "whole", 0.5)
+    move, count = os.replace, 0
+
+    def replace_or_die(*args: str) -> None:
+        nonlocal count
+        count += 1
+        if count % 4 == 0:
+            raise KeyboardInterrupt
+        move(*args)
+
+    for _ in range(50):
+        try:
+            with mock.patch("os.replace", replace_or_die):
+                rows, remarks = label(net, data, tmp_path / "killed", 0.5)
+            break
+        except KeyboardInterrupt:
+            pass
+    assert count > 8
+    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+    assert len(rows) == len(data.unlabelled)
+    assert remarks == label(net, data, tmp_path / "whole", 0.5)[1]
+
+
+def test_what_is_there_is_not_made_again(net: Net, data: Data, tmp_path: Path) -> None:
+    first, _ = label(net, data, tmp_path)
+    with mock.patch.object(Predictor, "__call__", side_effect=AssertionError("predicted again")):
+        second, _ = label(net, data, tmp_path)
+    assert list(first) == list(second)
+
+
+def test_labels_of_another_teacher_are_refused(net: Net, data: Data, tmp_path: Path) -> None:
+    label(net, data, tmp_path)
+    with pytest.raises(
+        InputError, match=r"pseudo-labels that differ in least: remove the folder to make them anew, or"
+    ):
+        label(net, data, tmp_path, 0.5)
+    with pytest.raises(InputError, match="differ in images:"):
+        pseudo_label(net, data.unlabelled[1:], data, tmp_path, PLAIN, CPU)
+    with pytest.raises(InputError, match="differ in inference:"):
+        pseudo_label(net, data.unlabelled, data, tmp_path, InferenceConfig(flip=True), CPU)
+    with torch.no_grad():
+        net.norm.weight += 1e-6
+    with pytest.raises(InputError, match="differ in teacher:"):
+        label(net, data, tmp_path)
+
+
+def test_pixels_below_the_least_confidence_are_ignored(net: Net, data: Data, tmp_path: Path) -> None:
+    rows, (told,) = label(net, data, tmp_path, 0.6)
+    kept = total = 0
+    for row in rows:
+        assert row.mask is not None
+        mask = read_mask(row.mask, MaskCode(3))
+        confidence = np.asarray(Image.open(tmp_path / "confidence" / row.mask.parent.name / row.mask.name))
+        assert (mask[confidence < 152] == IGNORE).all()
+        assert (mask[confidence > 154] != IGNORE).all()
+        kept, total = kept + (mask != IGNORE).sum(), total + mask.size
+    assert 0 < kept < total
+    share = float(told.partition(" %")[0])
+    assert share == pytest.approx(100 * kept / total, abs=1)
+
+
+def test_no_pixel_is_sure_enough(net: Net, data: Data, tmp_path: Path) -> None:
+    with torch.no_grad():
+        net.norm.weight.zero_()
+        net.norm.bias.zero_()
+    rows, (told,) = label(net, data, tmp_path, 0.9)
+    assert told == (
+        "NO pixel has a pseudo-label, none reaches a confidence of 0.9: a tenth of the pixels are below 0.33, "
+        "half below 0.33, nine tenths below 0.33; 0.33 keeps half"
+    )
+    assert all((read_mask(row.mask, MaskCode(3)) == IGNORE).all() for row in rows if row.mask is not None)
+
+
+def test_an_image_that_cannot_be_read_is_left_out(net: Net, data: Data, tmp_path: Path) -> None:
+    broken = data.unlabelled[2].image
+    broken.write_bytes(b"x")
+    rows, (told,) = label(net, data, tmp_path / "labels")
+    assert broken.name in told
+    assert len(rows) == len(data.unlabelled) - 1
+    assert broken not in [row.image for row in rows]
+
+
+def test_many_files_lie_in_folders(net: Net, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pseudo, "SHARD", 3)
+    rows, _ = label(net, data, tmp_path)
+    assert sorted(p.name for p in (tmp_path / "labels").iterdir()) == ["0000", "0001", "0002"]
+    assert rows[7].mask == (tmp_path / "labels/0002/0000007.png").absolute()
+
+
+def test_processes_share_the_images(net: Net, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    label(net, data, tmp_path / "one")
+    monkeypatch.setattr(parallel, "world", lambda: 2)
+    monkeypatch.setattr(parallel, "wait", lambda: None)
+    monkeypatch.setattr(parallel, "gather", lambda value: [value])
+    monkeypatch.setattr(Job, "done", lambda _: False)  # both begin at the same time
+    for rank in (0, 1):
+        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+        label(net, data, tmp_path / "two")
+        assert len(files(tmp_path / "two" / "labels")) == 4 * (rank + 1)
+    assert files(tmp_path / "two") == files(tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    "code",
+    [MaskCode(3), MaskCode(3, values=((7, 0), (8, 1), (9, 2))), MaskCode(3, colours=((1, 1, 1), (2, 2, 2), (3, 3, 3)))],
+    ids=["ids", "values", "colours"],
+)
+def test_a_pool_of_masks_and_pseudo_labels(net: Net, data: Data, tmp_path: Path, code: MaskCode) -> None:
+    """However the data's own masks are coded, labels are ids."""
+    rows, _ = label(net, data, tmp_path / "labels")
+    both = data.labelled + rows
+    assert [row.plain for row in both] == [False] * 4 + [True] * 8
+    assert [row.plain for row in both[::-1][:9]] == [True] * 8 + [False]
+    assert both[:4][0].plain is False
+    last = both[-1]
+    assert last.mask is not None
+    assert np.array_equal(open_mask(last, code, None, cache=False), read_mask(last.mask, MaskCode(3)))
+    if code == data.code:
+        steps = Steps({"labelled": Stream(both, (Phase((32, 32), 4),))}, Timetable((Phase((32, 32), 4),), 12), data, 0)
+        batches = [
+            item.batches["labelled"] for item in (steps[0], steps[1], steps[2]) if not isinstance(item, InputError)
+        ]
+        assert sorted(int(r) for b in batches if isinstance(b, Labelled) for r in b.row) == list(range(12))
+
+
+def test_two_classes_of_which_a_label_shows_one(tmp_path: Path) -> None:
+    """A mask of 0 and 255 is refused as ambiguous; a pseudo-label is not."""
+    image, mask = tmp_path / "a.png", tmp_path / "m.png"
+    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(image)
+    Image.fromarray(np.array([[0, 255]] * 2, np.uint8)).save(mask)
+    rows = Rows.of(tmp_path, ["a.png"]).with_plain_masks([mask])
+    assert open_mask(rows[0], MaskCode(2), None, cache=False).tolist() == [[0, 255]] * 2
+    with pytest.raises(InputError, match="0 and 255 only"):
+        open_mask(replace(rows, plain=None)[0], MaskCode(2), None, cache=False)
+
+
+def test_the_card_says_what_labels_depend_on(net: Net, data: Data, tmp_path: Path) -> None:
+    label(net, data, tmp_path)
+    card = json.loads((tmp_path / "labels.json").read_text())
+    assert card.keys() == {"teacher", "images", "classes", "size", "inference", "least"}
