@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from semiseg import testing
-from semiseg.data.centroids import Centroids, class_centroids, places
+from semiseg.data.centroids import Centroids, Mixture, Part, class_centroids, places
 from semiseg.data.loader import Steps
 from semiseg.data.rows import Rows
 from semiseg.data.sampling import Phase, Stream, Timetable, draws
@@ -35,6 +35,11 @@ def of_counts(counts: list[int], share: float = 0.5, rows: int = 100) -> Centroi
     number = np.concatenate([np.zeros(0, int), *map(np.arange, counts)]).astype(np.int32)
     first = np.concatenate([[0], np.cumsum(counts)])
     return Centroids((number % rows).astype(np.int32), label, number, first, share)
+
+
+def of_pool(centroids: Centroids | None, rows: int) -> Mixture:
+    """As many samples as rows."""
+    return Mixture((Part(0, rows, rows, centroids),))
 
 
 def test_a_place_a_class_and_tile_by_hand() -> None:
@@ -89,20 +94,20 @@ def test_an_image_smaller_than_a_tile_has_places() -> None:
 
 def test_quota_by_hand() -> None:
     """100 rows, half of the crops, 19 classes: 2 a class (methods.md, case 40)."""
-    row, at = of_counts([5] * 19).epoch(100, 0, 1, 0)
+    row, at = of_pool(of_counts([5] * 19), 100).epoch(0, 1, 0)
     assert len(row) == len(at) == 100
     assert Counter(at[:, 0].tolist()) == {-1: 62, **dict.fromkeys(range(19), 2)}
     assert sorted(row[at[:, 0] < 0].tolist()) == sorted(set(row[at[:, 0] < 0].tolist())), "no row twice"
 
 
 def test_an_empty_class_leaves_its_quota_to_the_others() -> None:
-    row, at = of_counts([5] * 9 + [0] + [5]).epoch(100, 0, 1, 0)
+    row, at = of_pool(of_counts([5] * 9 + [0] + [5]), 100).epoch(0, 1, 0)
     assert Counter(at[:, 0].tolist()) == {-1: 50, **dict.fromkeys([*range(9), 10], 5)}
     assert len(row) == 100
 
 
 def test_no_class_anywhere() -> None:
-    row, at = of_counts([0, 0]).epoch(10, 0, 1, 0)
+    row, at = of_pool(of_counts([0, 0]), 10).epoch(0, 1, 0)
     assert sorted(row.tolist()) == list(range(10))
     assert (at == -1).all()
 
@@ -113,7 +118,7 @@ def test_places_and_rows_take_turns() -> None:
     place: Counter[tuple[int, int]] = Counter()
     row: Counter[int] = Counter()
     for number in range(21):
-        rows, at = centroids.epoch(20, 3, 1, number)
+        rows, at = of_pool(centroids, 20).epoch(3, 1, number)
         place.update((int(y), int(x)) for y, x in at if y >= 0)
         row.update(int(r) for r, (y, _) in zip(rows, at, strict=True) if y < 0)
     assert {c: place[0, c] for c in range(7)} == dict.fromkeys(range(7), 15)
@@ -124,16 +129,16 @@ def test_places_and_rows_take_turns() -> None:
 
 def test_epochs_differ_and_repeat() -> None:
     centroids = of_counts([9, 9])
-    first = centroids.epoch(30, 0, 1, 0)
+    first = of_pool(centroids, 30).epoch(0, 1, 0)
     for other in ((1, 1, 0), (0, 2, 0), (0, 1, 1)):
-        assert not np.array_equal(first[1], centroids.epoch(30, *other)[1])
-    assert np.array_equal(first[1], of_counts([9, 9]).epoch(30, 0, 1, 0)[1])
+        assert not np.array_equal(first[1], of_pool(centroids, 30).epoch(*other)[1])
+    assert np.array_equal(first[1], of_pool(of_counts([9, 9]), 30).epoch(0, 1, 0)[1])
 
 
 def test_a_draw_has_the_places_of_its_epoch() -> None:
     rows = Rows.of("", [f"{i}.png" for i in range(10)], [f"{i}.png" for i in range(10)])
     centroids = of_counts([4, 2], rows=10)
-    stream = Stream(rows, (Phase((8, 8), 4),), centroids=centroids)
+    stream = Stream(rows, (Phase((8, 8), 4),), mixture=of_pool(centroids, 10))
     drawn = [draws(stream, Timetable(stream.phases, 40), "labelled", 0, step) for step in range(10)]
     at = np.concatenate([d.centres for d in drawn])
     assert len(at) == 40
@@ -230,7 +235,7 @@ def test_batches_are_drawn_around_the_places(data: Data) -> None:
     """With every crop around a place, rare classes are in as many crops as others."""
     shown = {}
     for share in (0.0, 1.0):
-        stream = Stream(data.labelled, (Phase((4, 4), 8),), centroids=index(data, share))
+        stream = Stream(data.labelled, (Phase((4, 4), 8),), mixture=Mixture((Part(0, 4, 12, index(data, share)),)))
         steps = Steps({"labelled": stream}, Timetable(stream.phases, 400), data, seed=0)
         counts = np.zeros(len(data.classes))
         for step in range(50):
@@ -253,3 +258,32 @@ def test_resized_masks(tmp_path: Path) -> None:
     found = class_centroids(load_data(config).labelled, load_data(config), (8, 8), least=4)
     assert found.y.max() < 20
     assert found.x.max() < 24
+
+
+def test_parts_have_their_shares() -> None:
+    """10 real rows, each once in two epochs, and 90 others of which 15 come in each: 1 to 3."""
+    mixture = Mixture((Part(0, 10, 5), Part(10, 90, 15, of_counts([6, 0, 8], 0.4, rows=90))))
+    assert mixture.items == 20
+    real: Counter[int] = Counter()
+    other: Counter[int] = Counter()
+    around: Counter[int] = Counter()
+    for number in range(12):
+        rows, at = mixture.epoch(0, 1, number)
+        assert len(rows) == len(at) == 20
+        assert int((rows < 10).sum()) == 5
+        assert (at[rows < 10] == -1).all()
+        real.update(rows[rows < 10].tolist())
+        other.update(rows[(rows >= 10) & (at[:, 0] < 0)].tolist())
+        around.update(at[at[:, 0] >= 0, 0].tolist())
+    assert real == dict.fromkeys(range(10), 6)
+    assert len(other) == 90
+    assert set(other.values()) <= {1, 2}
+    assert around == {0: 36, 2: 36}
+
+
+def test_an_epoch_of_a_mixture_is_not_as_long_as_the_pool() -> None:
+    rows = Rows.of("", [f"{i}.png" for i in range(10)], [f"{i}.png" for i in range(10)])
+    stream = Stream(rows, (Phase((8, 8), 4),), mixture=Mixture((Part(0, 2, 2), Part(2, 8, 4))))
+    drawn = np.concatenate([draws(stream, Timetable(stream.phases, 24), "a", 0, step).rows for step in range(6)])
+    for epoch in range(4):
+        assert Counter((drawn[6 * epoch : 6 * epoch + 6] < 2).tolist()) == {True: 2, False: 4}

@@ -30,9 +30,17 @@ MOVES: Mapping[str, Mapping[str, Sequence[Move]]] = {
         "rank_low": (Move(2),),
         "rank_high": (Move(2),),
     },
+    "selftraining": {
+        "least": (Move(0.6),),
+        "ratio": (Move(1.0),),
+        "tile": (Move([8, 8]),),
+        "least_pixels": (Move(300),),
+        "scales": (Move([0.5, 1.0]),),
+    },
 }
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "u2pl": {"least": 0.0, "width": 16, "queue": 100, "queue_first": 150, "push": 40, "anchors": 64, "keys": 20},
+    "selftraining": {"least_pixels": 8},
 }
 """What would sleep in so short a run: no class but one has anchors, and no queue is full."""
 SELECTING: Mapping[str, tuple[Mapping[str, Any], Sequence[str]]] = {

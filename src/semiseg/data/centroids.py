@@ -48,37 +48,72 @@ class Centroids:
         """(C,) places of each class."""
         return np.diff(self.first)
 
-    def epoch(self, rows: int, seed: int, stream: int, number: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """One epoch's samples: row numbers (rows,), and (y, x) of the place each is drawn around (rows, 2), or -1.
 
-        Every class that there is gets the same number of crops, by its places in a shuffled order that goes on from
-        epoch to epoch; the other crops go through the rows in the same manner.
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A part of a pool, `rows` of it from number `first` on, and how much of it is in an epoch: `items`.
+
+    centroids: of these rows, numbered from 0; a share of the crops is drawn around their places.
+    """
+
+    first: int
+    rows: int
+    items: int
+    centroids: Centroids | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Mixture:
+    """Epochs of a pool in parts that have each their own share, as real masks and pseudo-labels have."""
+
+    parts: tuple[Part, ...]
+
+    @property
+    def items(self) -> int:
+        """Samples of an epoch."""
+        return sum(part.items for part in self.parts)
+
+    def epoch(self, seed: int, stream: int, number: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """One epoch's samples, shuffled: row numbers (n,), and (y, x) of the place each is drawn around (n, 2), or -1.
+
+        Every class that a part has gets the same number of its crops, by its places in a shuffled order that goes on
+        from epoch to epoch; the other crops go through the part's rows in the same manner.
         """
-        return _epoch(self, rows, seed, stream, number)
+        return _epoch(self, seed, stream, number)
 
 
 @lru_cache(maxsize=8)
-def _epoch(
-    centroids: Centroids, rows: int, seed: int, stream: int, number: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    present = np.flatnonzero(centroids.counts)
-    each = int(centroids.share * rows) // max(1, len(present))
-    chosen = [
-        centroids.first[c] + _slice(int(centroids.counts[c]), number * each, each, (seed, stream, int(c)))
-        for c in present
-    ]
-    places = np.concatenate([np.zeros(0, np.int64), *chosen])
-    free = rows - len(places)
-    random = _slice(rows, number * free, free, (seed, stream, len(centroids.counts)))
-    row = np.concatenate([centroids.row[places], random]).astype(np.int64)
-    at = np.full((rows, 2), -1, dtype=np.int64)
-    at[: len(places)] = np.stack([centroids.y[places], centroids.x[places]], 1)
-    order = np.random.default_rng((seed, stream, number, _SHUFFLE)).permutation(rows)
-    return row[order], at[order]
+def _epoch(mixture: Mixture, seed: int, stream: int, number: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    found = [_part(part, number, (seed, stream, i)) for i, part in enumerate(mixture.parts)]
+    order = np.random.default_rng((seed, stream, number, _SHUFFLE)).permutation(mixture.items)
+    row, at = (np.concatenate(columns)[order] for columns in zip(*found, strict=True))
+    return row, at
+
+
+def _part(part: Part, number: int, key: tuple[int, ...]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    rows, at, free = np.zeros(0, np.int64), np.full((part.items, 2), -1, dtype=np.int64), part.items
+    if (centroids := part.centroids) is not None:
+        present = np.flatnonzero(centroids.counts)
+        each = int(centroids.share * part.items) // max(1, len(present))
+        places = np.concatenate(
+            [
+                np.zeros(0, np.int64),
+                *(
+                    centroids.first[c] + _slice(int(centroids.counts[c]), number * each, each, (*key, int(c)))
+                    for c in present
+                ),
+            ]
+        )
+        rows, free = centroids.row[places].astype(np.int64), part.items - len(places)
+        at[: len(places)] = np.stack([centroids.y[places], centroids.x[places]], 1)
+    random = _slice(part.rows, number * free, free, (*key, _RANDOM))
+    return part.first + np.concatenate([rows, random]), at
 
 
 _SHUFFLE, _ORDER = 4, 5
 """What a generator is for, beside those of `sampling`."""
+_RANDOM = 1000
+"""In the place of a class: the crops around no place."""
 
 
 def _slice(count: int, start: int, length: int, key: tuple[int, ...]) -> NDArray[np.int64]:

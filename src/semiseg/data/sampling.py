@@ -12,7 +12,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from semiseg.data.centroids import Centroids
+from semiseg.data.centroids import Mixture
 from semiseg.data.rows import Rows
 from semiseg.types import TrainConfig
 
@@ -41,15 +41,15 @@ class Phase:
 class Stream:
     """What a method asks for: a pool of rows, the phases, and the number of strong views a sample.
 
-    Without `images` only masks are opened, and the batch's images have no channel. With `centroids` a share of the
-    crops is drawn around the places of each class.
+    Without `images` only masks are opened, and the batch's images have no channel. With a `mixture` an
+    epoch is made of parts of the pool, and crops may be drawn around places; without, it has every row once.
     """
 
     rows: Rows
     phases: tuple[Phase, ...]
     strong: int = 0
     images: bool = True
-    centroids: Centroids | None = None
+    mixture: Mixture | None = None
 
     @cached_property
     def labelled(self) -> bool:
@@ -168,17 +168,18 @@ def _last_row(rows: int, seed: int, stream: int, epoch: int) -> int:
 def draws(stream: Stream, timetable: Timetable, name: str, seed: int, step: int) -> Draw:
     """The global batch of a step."""
     phase, start = timetable.at(step)
-    number, count = stream_number(name), len(stream.rows)
+    number, mixture = stream_number(name), stream.mixture
+    count = len(stream.rows) if mixture is None else mixture.items
     positions = np.arange(start, start + phase.batch)
     rows = np.empty(phase.batch, dtype=np.int64)
     centres = np.full((phase.batch, 2), -1, dtype=np.int64)
     for epoch in range(positions[0] // count, positions[-1] // count + 1):
         inside = positions // count == epoch
         place = positions[inside] % count
-        if stream.centroids is None:
+        if mixture is None:
             rows[inside] = epoch_order(count, seed, number, epoch)[place]
         else:
-            order, around = stream.centroids.epoch(count, seed, number, epoch)
+            order, around = mixture.epoch(seed, number, epoch)
             rows[inside], centres[inside] = order[place], around[place]
     keys = tuple((seed, number, int(position), SAMPLE) for position in positions)
     partners = _partners(rows, np.random.default_rng((seed, number, step, PARTNER)))

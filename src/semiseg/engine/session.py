@@ -17,17 +17,20 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from semiseg import parallel
 from semiseg.data.loader import Steps, steps
+from semiseg.data.rows import Rows
 from semiseg.data.sampling import Phase, Stream, Timetable, draws, mix_group, scheduled
 from semiseg.data.splits import Data
 from semiseg.engine import checkpoint
 from semiseg.engine.evaluate import evaluate
 from semiseg.engine.log import Log, peak_memory
 from semiseg.engine.memory import memory_errors, smaller
+from semiseg.engine.pseudo import pseudo_label
 from semiseg.files import replacing
 from semiseg.types import Clock, InferenceConfig, InputError, Interrupted, TrainConfig
 
@@ -132,6 +135,8 @@ class Session:
     config: TrainConfig
     inference: InferenceConfig
     device: torch.device
+    trained: list["Session"] = field(default_factory=list, kw_only=True)
+    """The stages that were trained, or found finished, in their order; all stages of a run share the list."""
 
     def stage(self, name: str) -> "Session":
         """A stage of its own: another folder, the same options."""
@@ -146,9 +151,28 @@ class Session:
         return self.weights / "delivered.safetensors"
 
     def progress(self) -> Progress:
-        """What the stage's checkpoint says."""
+        """What the checkpoints of all stages say: the scores are the last one's."""
+        stages = [stage._progress() for stage in self.trained]
+        total = replace(stages[-1]) if stages else self._progress()
+        for stage in stages[:-1]:
+            total.seconds += stage.seconds
+            total.peak_gb = max(total.peak_gb, stage.peak_gb)
+            total.skipped = stage.skipped | total.skipped
+        return total
+
+    def _progress(self) -> Progress:
         state = checkpoint.load(self.weights)
         return Progress(**state["progress"]) if state else Progress()
+
+    def pseudo_label(
+        self, net: nn.Module, rows: Rows, data: Data, inference: InferenceConfig, least: float = 0.0
+    ) -> Rows:
+        """The rows with labels of a network as masks, written to the stage's folder; see `engine.pseudo`."""
+        labelled, remarks = pseudo_label(net, rows, data, self.folder / "pseudo", inference, self.device, least)
+        if parallel.rank() == 0:
+            for remark in remarks:
+                Console().print(remark, markup=False, highlight=False, soft_wrap=True)
+        return labelled
 
     def train(self, method: Trainable, data: Data, streams: Mapping[str, Stream] | None = None) -> nn.Module:
         """Runs the steps that are left and returns the delivered network: the best on val, or without val the last.
@@ -158,6 +182,7 @@ class Session:
             Interrupted: by Ctrl-C (then it is a KeyboardInterrupt too) or SIGTERM.
         """
         c = self.config
+        self.trained.append(self)
         streams = _scheduled(streams or method.streams(data, c.batch, c.crop), c)
         timetable = _timetable(streams, c.steps * c.batch)
         _check_blocks(streams)
@@ -286,7 +311,7 @@ class Session:
     def _refresh(self, net: nn.Module, streams: Mapping[str, Stream], data: Data, log: Log) -> None:
         """Batch norm's running statistics anew, from whole crops: those at the end of the run were small."""
         c, (name, stream) = self.config, next((n, s) for n, s in streams.items() if s.images)
-        whole = replace(stream, phases=(Phase(c.crop, c.batch),), strong=0, centroids=None)
+        whole = replace(stream, phases=(Phase(c.crop, c.batch),), strong=0, mixture=None)
         timetable = Timetable(whole.phases, REFRESH * c.batch)
         dataset = Steps({name: whole}, timetable, data, c.seed, parallel.rank(), parallel.world())
         modes = [(module, module.training) for module in net.modules()]

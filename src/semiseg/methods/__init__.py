@@ -7,6 +7,7 @@ from semiseg.methods.base import Method, StepMethod
 from semiseg.methods.cutmixseg import CutMixSeg
 from semiseg.methods.fixmatch import FixMatch
 from semiseg.methods.meanteacher import MeanTeacher
+from semiseg.methods.selftraining import SelfTraining
 from semiseg.methods.supervised import Supervised
 from semiseg.methods.u2pl import U2PL
 from semiseg.networks.factory import load_object
@@ -19,6 +20,7 @@ METHODS: dict[str, type[Method]] = {
     "meanteacher": MeanTeacher,
     "cutmixseg": CutMixSeg,
     "u2pl": U2PL,
+    "selftraining": SelfTraining,
 }
 
 DEFAULT = "fixmatch"
@@ -65,6 +67,7 @@ __all__ = [
     "FixMatch",
     "MeanTeacher",
     "Method",
+    "SelfTraining",
     "StepMethod",
     "Supervised",
     "describe",

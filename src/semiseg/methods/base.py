@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from semiseg import parallel
+from semiseg.data.rows import Rows
 from semiseg.data.sampling import Stream
 from semiseg.data.splits import Data
 from semiseg.networks.factory import Build, OptimConfig
-from semiseg.types import Clock, Options, Share, TrainConfig
+from semiseg.types import Clock, InferenceConfig, Options, Share, TrainConfig
 
 
 class Session(Protocol):
@@ -19,8 +20,13 @@ class Session(Protocol):
 
     @property
     def config(self) -> TrainConfig: ...
+    @property
+    def inference(self) -> InferenceConfig: ...
     def stage(self, name: str) -> "Session": ...
     def train(self, method: "StepMethod", data: Data, streams: Mapping[str, Stream] | None = None) -> nn.Module: ...
+    def pseudo_label(
+        self, net: nn.Module, rows: Rows, data: Data, inference: InferenceConfig, least: float = 0.0
+    ) -> Rows: ...
 
 
 class Method(ABC):

@@ -1,0 +1,96 @@
+"""Self-training: a teacher learns from the masks and labels all other images; a student learns from both.
+
+Zhu, Zhang, Wu, Zhang, He, Zhang, Manmatha, Li and Smola, "Improving Semantic Segmentation via Efficient Self-Training",
+2020 (arXiv:2004.14960). No training code was published. The paper gives the stages, hard labels, the ratio of real to
+pseudo images in an epoch, and that half of the crops are drawn around places of each class alike (its authors' earlier
+code has the algorithm; data/centroids.py mends it). The rest is ours:
+- the student starts from the encoder's weights like the teacher, with other random numbers;
+- a pixel counts the same whether its label is real or not;
+- class weights and the delivered checkpoint are those of the masks and of val, never of pseudo-labels.
+
+What stays per process where there are several: batch norm's statistics on CPUs; and dice, of which the mean is taken.
+"""
+
+from dataclasses import replace
+from typing import Annotated
+
+from pydantic import Field
+from torch import nn
+
+from semiseg.data.centroids import Mixture, Part, class_centroids
+from semiseg.data.rows import Rows
+from semiseg.data.sampling import Phase, Stream
+from semiseg.data.splits import Data
+from semiseg.methods.base import Method, Session
+from semiseg.methods.labelled import LossConfig
+from semiseg.methods.supervised import Supervised
+from semiseg.networks.factory import Build
+from semiseg.types import InferenceConfig, InputError, Options, Portion, Side
+
+SALT = 1_000_003
+"""Between the seeds of the networks of two rounds."""
+
+
+class SelfTraining(Method):
+    """A teacher from the masks, its labels for all other images, a student from both; again, if wanted."""
+
+    class Config(Options):
+        """Options of `method: {name: selftraining}`."""
+
+        loss: LossConfig = LossConfig()
+        rounds: Annotated[int, Field(ge=1)] = 1
+        """Students; each is the teacher of the next."""
+        least: Portion = 0.0
+        """Confidence of the teacher below which a pixel gets no label; the paper keeps all."""
+        ratio: Annotated[float, Field(gt=0)] | None = None
+        """Pseudo-labelled images for each real one in a student's epochs; none: as many as there are."""
+        centred: Portion = 0.5
+        """Share of the crops that are drawn around a place of a class, every class alike."""
+        tile: tuple[Side, Side] | None = None
+        """(H, W) in px of the tiles that have a place for each of their classes; none: the crop's."""
+        least_pixels: Side = 64
+        """Pixels of a class in a tile that make a place."""
+        flip: bool = False
+        """The teacher labels the mirrored image too, and the mean counts."""
+        scales: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (1.0,)
+        """And the image resized by these factors."""
+
+    paper = "Zhu et al., 2020"
+
+    def __init__(self, config: Config, build: Build) -> None:
+        self.config, self.build = config, build
+
+    def fit(self, session: Session, data: Data) -> nn.Module:
+        c = self.config
+        if not len(data.unlabelled):
+            raise InputError(
+                "The method labels unlabelled images, and there is none: change data.unlabelled or method."
+            )
+        net = self._train(session.stage("teacher"), data, data.labelled, 0, salt=0)
+        for number in range(1, c.rounds + 1):
+            stage = session.stage(f"round-{number}")
+            inference = InferenceConfig(window=session.inference.window, flip=c.flip, scales=c.scales)
+            pseudo = stage.pseudo_label(net, data.unlabelled, data, inference, c.least)
+            net = self._train(stage, data, data.labelled + pseudo, len(pseudo), salt=number)
+        return net
+
+    def _train(self, session: Session, data: Data, rows: Rows, pseudo: int, salt: int) -> nn.Module:
+        """A network from rows of which the last `pseudo` have pseudo-labels."""
+        train, real = session.config, len(rows) - pseudo
+        ratio = self.config.ratio
+        parts = [self._part(session, data, rows, 0, real, real)]
+        if pseudo:
+            items = pseudo if ratio is None else max(1, round(ratio * real))
+            parts.append(self._part(session, data, rows, real, pseudo, items))
+        stream = Stream(rows, (Phase(train.crop, train.batch),), mixture=Mixture(tuple(parts)))
+        build = replace(self.build, seed=self.build.seed + SALT * salt) if salt else self.build
+        method = Supervised(Supervised.Config(loss=self.config.loss), build).to(build.device)
+        return session.train(method, data, {"labelled": stream})
+
+    def _part(self, session: Session, data: Data, rows: Rows, first: int, count: int, items: int) -> Part:
+        c, train = self.config, session.config
+        if not c.centred:
+            return Part(first, count, items)
+        some = rows[first : first + count]
+        tile = c.tile or train.crop
+        return Part(first, count, items, class_centroids(some, data, tile, c.centred, c.least_pixels, train.workers))

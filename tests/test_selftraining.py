@@ -1,0 +1,157 @@
+"""Self-training: what each stage learns from, and what a run of several stages tells."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from semiseg import api, testing
+from semiseg.config import build_of
+from semiseg.data.rows import Rows
+from semiseg.data.sampling import Stream, draws
+from semiseg.data.splits import Data
+from semiseg.engine.session import Session, Trainable, _timetable
+from semiseg.methods import SelfTraining, Supervised
+from semiseg.types import InferenceConfig, InputError
+
+CASE = {"least_pixels": 8}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEMISEG_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def case(tmp_path: Path) -> testing.Case:
+    return testing.Case("selftraining", tmp_path, CASE)
+
+
+class Noted(Session):
+    """Notes what is trained; pseudo-labels are the masks of the labelled images."""
+
+    def train(self, method: Trainable, data: Data, streams: Mapping[str, Stream] | None = None) -> nn.Module:
+        assert streams is not None
+        assert isinstance(method, Supervised)
+        self.trained.append(self)
+        notes.append((self.folder.name, method, streams["labelled"]))
+        return method.predictor()
+
+    def pseudo_label(
+        self, net: nn.Module, rows: Rows, data: Data, inference: InferenceConfig, least: float = 0.0
+    ) -> Rows:
+        taught.append((self.folder.name, net, inference, least))
+        return rows.with_plain_masks(data.labelled[i % len(data.labelled)].mask or Path() for i in range(len(rows)))
+
+
+notes: list[tuple[str, Supervised, Stream]] = []
+taught: list[tuple[str, nn.Module, InferenceConfig, float]] = []
+
+
+def fitted(case: testing.Case, **options: Any) -> nn.Module:
+    notes.clear()
+    taught.clear()
+    case = case.with_options(options)
+    recipe, data = case.recipe(), case.data()
+    build = build_of(recipe, data, torch.device("cpu"), case.base)
+    session = Noted(case.folder / "run", recipe.train, recipe.evaluate, torch.device("cpu"))
+    assert isinstance(recipe.method.options, SelfTraining.Config)
+    return SelfTraining(recipe.method.options, build).fit(session, data)
+
+
+def test_stages(case: testing.Case) -> None:
+    """Each student is the teacher of the next, and has random numbers of its own."""
+    net = fitted(case, rounds=2, flip=True, scales=[0.5, 1.0], least=0.3)
+    assert [name for name, _, _ in notes] == ["teacher", "round-1", "round-2"]
+    networks = [method.predictor() for _, method, _ in notes]
+    assert net is networks[-1]
+    assert [(name, teacher) for name, teacher, _, _ in taught] == list(
+        zip(("round-1", "round-2"), networks, strict=False)
+    )
+    assert all(i == InferenceConfig(flip=True, scales=(0.5, 1.0)) and least == 0.3 for _, _, i, least in taught)
+    heads = [n.state_dict()["head.weight"] for n in networks]
+    assert not any(torch.equal(heads[i], heads[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+
+
+def epochs(stream: Stream, number: int) -> list[Counter[bool]]:
+    """How many of the samples of each epoch are pseudo-labelled."""
+    assert stream.mixture is not None
+    size = stream.mixture.items
+    timetable = _timetable({"labelled": stream}, number * size + 4)
+    rows = np.concatenate([draws(stream, timetable, "labelled", 0, step).rows for step in range(timetable.steps)])
+    return [Counter((rows[i * size : (i + 1) * size] >= 4).tolist()) for i in range(number)]
+
+
+@pytest.mark.parametrize(("ratio", "pseudo"), [(None, 8), (1.0, 4), (3.0, 12), (0.01, 1)])
+def test_the_ratio_of_an_epoch(case: testing.Case, ratio: float | None, pseudo: int) -> None:
+    fitted(case, ratio=ratio)
+    (_, _, teacher), (_, _, student) = notes
+    assert len(teacher.rows) == 4
+    assert len(student.rows) == 12
+    assert [row.plain for row in student.rows] == [False] * 4 + [True] * 8
+    assert epochs(teacher, 3) == [Counter({False: 4})] * 3
+    assert epochs(student, 5) == [Counter({False: 4, True: pseudo})] * 5
+
+
+def test_crops_around_places(case: testing.Case) -> None:
+    fitted(case, ratio=10.0, centred=0.6)
+    assert notes[1][2].mixture is not None
+    rows, at = notes[1][2].mixture.epoch(0, 1, 0)
+    around = at[:, 0] >= 0
+    assert int(around[rows >= 4].sum()) == 24  # 8 of each of three classes
+    assert int(around[rows < 4].sum()) == 0  # 0.6 of 4 samples is less than one a class
+    fitted(case, centred=0.0)
+    assert all(part.centroids is None for _, _, s in notes if s.mixture is not None for part in s.mixture.parts)
+
+
+def test_without_unlabelled_images(case: testing.Case) -> None:
+    case.data()
+    recipe = case.recipe()
+    build = build_of(recipe, case.data(), torch.device("cpu"))
+    data = replace(case.data(), unlabelled=case.data().unlabelled[:0])
+    session = Session(case.folder / "run", recipe.train, recipe.evaluate, torch.device("cpu"))
+    with pytest.raises(
+        InputError, match=r"labels unlabelled images, and there is none: change data\.unlabelled or method"
+    ):
+        SelfTraining(SelfTraining.Config(), build).fit(session, data)
+
+
+def test_a_run_from_the_recipe_to_the_model(
+    case: testing.Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case.data()
+    recipe = case.with_options({"least": 0.4}).recipe(steps=4, save_every=4, evaluations=1)
+    model = api.train(recipe, tmp_path / "run")
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    stages = [torch.load(tmp_path / f"run/{s}/checkpoints/last.pt", weights_only=True) for s in ("teacher", "round-1")]
+    assert results["seconds"] == pytest.approx(sum(state["progress"]["seconds"] for state in stages))
+    assert results["val_last"] == stages[1]["progress"]["last"]
+    assert results["miou"] == results["val_best"]["miou"]
+    assert "of the pixels have a pseudo-label, of a confidence of at least 0.4" in capsys.readouterr().out
+    delivered = load_file(tmp_path / "run/round-1/checkpoints/delivered.safetensors")
+    assert isinstance(model.predictor.net, nn.Module)
+    tensors: dict[str, Tensor] = model.predictor.net.state_dict()
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in delivered.items())
+    before = (tmp_path / "run/teacher/checkpoints/last.pt").stat().st_mtime_ns
+    api.train(recipe, tmp_path / "run")
+    assert (tmp_path / "run/teacher/checkpoints/last.pt").stat().st_mtime_ns == before
+
+
+def test_labels_of_a_teacher_that_was_trained_anew(case: testing.Case) -> None:
+    """A stage whose folder was removed is made again; what it had labelled is not taken for its own."""
+    testing.run(case, "run", steps=3, evaluations=1)
+    folder = case.folder / "run"
+    for path in sorted((folder / "teacher").rglob("*"), reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+    with pytest.raises(
+        InputError, match="holds pseudo-labels that differ in teacher: remove the folder to make them anew"
+    ):
+        testing.run(case, "run", steps=4, evaluations=1)
