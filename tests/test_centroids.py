@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from semiseg import testing
-from semiseg.data.centroids import Centroids, Mixture, Part, class_centroids, places
+from semiseg.data.centroids import Centroids, class_centroids, places
 from semiseg.data.loader import Steps
 from semiseg.data.rows import Rows
-from semiseg.data.sampling import Phase, Stream, Timetable, draws
+from semiseg.data.sampling import Mixture, Part, Phase, Stream, Timetable, draws
 from semiseg.data.splits import Data, load_data
 from semiseg.data.transforms import geometry
 from semiseg.types import IGNORE, InputError, Labelled

@@ -5,7 +5,6 @@ Source: the uniform sampling of Zhu et al. 2019 (arXiv:1812.01593), which their 
 
 import contextlib
 from dataclasses import dataclass
-from functools import lru_cache
 from hashlib import blake2b
 from io import BytesIO
 from pathlib import Path
@@ -47,83 +46,6 @@ class Centroids:
     def counts(self) -> NDArray[np.int64]:
         """(C,) places of each class."""
         return np.diff(self.first)
-
-
-@dataclass(frozen=True, eq=False)
-class Part:
-    """A part of a pool, `rows` of it from number `first` on, and how much of it is in an epoch: `items`.
-
-    centroids: of these rows, numbered from 0; a share of the crops is drawn around their places.
-    """
-
-    first: int
-    rows: int
-    items: int
-    centroids: Centroids | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Mixture:
-    """Epochs of a pool in parts that have each their own share, as real masks and pseudo-labels have."""
-
-    parts: tuple[Part, ...]
-
-    @property
-    def items(self) -> int:
-        """Samples of an epoch."""
-        return sum(part.items for part in self.parts)
-
-    def epoch(self, seed: int, stream: int, number: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """One epoch's samples, shuffled: row numbers (n,), and (y, x) of the place each is drawn around (n, 2), or -1.
-
-        Every class that a part has gets the same number of its crops, by its places in a shuffled order that goes on
-        from epoch to epoch; the other crops go through the part's rows in the same manner.
-        """
-        return _epoch(self, seed, stream, number)
-
-
-@lru_cache(maxsize=8)
-def _epoch(mixture: Mixture, seed: int, stream: int, number: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    found = [_part(part, number, (seed, stream, i)) for i, part in enumerate(mixture.parts)]
-    order = np.random.default_rng((seed, stream, number, _SHUFFLE)).permutation(mixture.items)
-    row, at = (np.concatenate(columns)[order] for columns in zip(*found, strict=True))
-    return row, at
-
-
-def _part(part: Part, number: int, key: tuple[int, ...]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    rows, at, free = np.zeros(0, np.int64), np.full((part.items, 2), -1, dtype=np.int64), part.items
-    if (centroids := part.centroids) is not None:
-        present = np.flatnonzero(centroids.counts)
-        each = int(centroids.share * part.items) // max(1, len(present))
-        places = np.concatenate(
-            [
-                np.zeros(0, np.int64),
-                *(
-                    centroids.first[c] + _slice(int(centroids.counts[c]), number * each, each, (*key, int(c)))
-                    for c in present
-                ),
-            ]
-        )
-        rows, free = centroids.row[places].astype(np.int64), part.items - len(places)
-        at[: len(places)] = np.stack([centroids.y[places], centroids.x[places]], 1)
-    random = _slice(part.rows, number * free, free, (*key, _RANDOM))
-    return part.first + np.concatenate([rows, random]), at
-
-
-_SHUFFLE, _ORDER = 4, 5
-"""What a generator is for, beside those of `sampling`."""
-_RANDOM = 1000
-"""In the place of a class: the crops around no place."""
-
-
-def _slice(count: int, start: int, length: int, key: tuple[int, ...]) -> NDArray[np.int64]:
-    """Numbers start to start + length of an endless sequence: one shuffled order of 0..count-1 after another."""
-    turns, places = np.divmod(np.arange(start, start + length), max(1, count))
-    found = np.empty(length, dtype=np.int64)
-    for turn in np.unique(turns):
-        inside = turns == turn
-        found[inside] = np.random.default_rng((*key, int(turn), _ORDER)).permutation(count)[places[inside]]
-    return found
 
 
 def places(mask: Mask, classes: int, tile: tuple[int, int], least: int = LEAST) -> NDArray[np.int64]:

@@ -12,14 +12,14 @@ from functools import cached_property, lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from semiseg.data.centroids import Mixture
+from semiseg.data.centroids import Centroids
 from semiseg.data.rows import Rows
 from semiseg.types import TrainConfig
 
 Key = tuple[int, int, int, int]
 """(seed, stream, position, SAMPLE): all chance of one sample comes from a generator seeded with it."""
 
-SAMPLE, ORDER, PARTNER = 1, 2, 3
+SAMPLE, ORDER, PARTNER, SHUFFLE, PLACES = 1, 2, 3, 4, 5
 """What a generator is for. Never 0: NumPy takes a key and the same key with zeros behind it for one."""
 
 
@@ -37,6 +37,10 @@ class Phase:
     ramp: float = 0.0
 
 
+NOWHERE = 1000
+"""In a key, where the number of a class would be: the crops around no place."""
+
+
 @dataclass(frozen=True)
 class Stream:
     """What a method asks for: a pool of rows, the phases, and the number of strong views a sample.
@@ -49,7 +53,7 @@ class Stream:
     phases: tuple[Phase, ...]
     strong: int = 0
     images: bool = True
-    mixture: Mixture | None = None
+    mixture: "Mixture | None" = None
 
     @cached_property
     def labelled(self) -> bool:
@@ -163,6 +167,71 @@ def epoch_order(rows: int, seed: int, stream: int, epoch: int) -> NDArray[np.int
 def _last_row(rows: int, seed: int, stream: int, epoch: int) -> int:
     # The swap above moves the first two rows only, so with three rows or more the last one needs no recursion.
     return int(np.random.default_rng((seed, stream, epoch, ORDER)).permutation(rows)[-1])
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A part of a pool, `rows` of it from number `first` on, and how much of it is in an epoch: `items`.
+
+    centroids: of these rows, numbered from 0; a share of the crops is drawn around their places.
+    """
+
+    first: int
+    rows: int
+    items: int
+    centroids: Centroids | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Mixture:
+    """Epochs of a pool in parts that have each their own share, as real masks and pseudo-labels have."""
+
+    parts: tuple[Part, ...]
+
+    @property
+    def items(self) -> int:
+        """Samples of an epoch."""
+        return sum(part.items for part in self.parts)
+
+    def epoch(self, seed: int, stream: int, number: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """One epoch's samples, shuffled: row numbers (n,), and (y, x) of the place each is drawn around (n, 2), or -1.
+
+        Every class that a part has gets the same number of its crops, by its places in a shuffled order that goes on
+        from epoch to epoch; the other crops go through the part's rows in the same manner.
+        """
+        return _epoch(self, seed, stream, number)
+
+
+@lru_cache(maxsize=8)
+def _epoch(mixture: Mixture, seed: int, stream: int, number: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    found = [_part(part, number, (seed, stream, i)) for i, part in enumerate(mixture.parts)]
+    order = np.random.default_rng((seed, stream, number, SHUFFLE)).permutation(mixture.items)
+    row, at = (np.concatenate(columns)[order] for columns in zip(*found, strict=True))
+    return row, at
+
+
+def _part(part: Part, number: int, key: tuple[int, ...]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    rows, at, free = np.zeros(0, np.int64), np.full((part.items, 2), -1, dtype=np.int64), part.items
+    if (centroids := part.centroids) is not None:
+        present = np.flatnonzero(centroids.counts)
+        each = int(centroids.share * part.items) // max(1, len(present))
+        first, counts = centroids.first.tolist(), centroids.counts.tolist()
+        chosen = [first[c] + _slice(counts[c], number * each, each, (*key, c)) for c in present.tolist()]
+        places = np.concatenate([np.zeros(0, np.int64), *chosen])
+        rows, free = centroids.row[places].astype(np.int64), part.items - len(places)
+        at[: len(places)] = np.stack([centroids.y[places], centroids.x[places]], 1)
+    random = _slice(part.rows, number * free, free, (*key, NOWHERE))
+    return part.first + np.concatenate([rows, random]), at
+
+
+def _slice(count: int, start: int, length: int, key: tuple[int, ...]) -> NDArray[np.int64]:
+    """Numbers start to start + length of an endless sequence: one shuffled order of 0..count-1 after another."""
+    turns, places = np.divmod(np.arange(start, start + length), max(1, count))
+    found = np.empty(length, dtype=np.int64)
+    for turn in np.unique(turns):
+        inside = turns == turn
+        found[inside] = np.random.default_rng((*key, int(turn), PLACES)).permutation(count)[places[inside]]
+    return found
 
 
 def draws(stream: Stream, timetable: Timetable, name: str, seed: int, step: int) -> Draw:

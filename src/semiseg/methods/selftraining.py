@@ -17,9 +17,9 @@ from typing import Annotated
 from pydantic import Field
 from torch import nn
 
-from semiseg.data.centroids import Mixture, Part, class_centroids
+from semiseg.data.centroids import class_centroids
 from semiseg.data.rows import Rows
-from semiseg.data.sampling import Phase, Stream
+from semiseg.data.sampling import Mixture, Part, Phase, Stream
 from semiseg.data.splits import Data
 from semiseg.methods.base import Method, Session
 from semiseg.methods.labelled import LossConfig
