@@ -816,7 +816,7 @@ VIEWED: dict[str, dict[str, Any]] = {
 
 
 def projected(name: str, auxiliary: bool = False) -> Projected:
-    return build(**VIEWED[name]).projected(8, auxiliary).eval()
+    return build(**VIEWED[name]).projected(8, auxiliary=auxiliary).eval()
 
 
 @pytest.mark.parametrize("size", [(64, 96), (45, 70), (1, 33)])
@@ -895,9 +895,9 @@ def test_layers_of_a_head() -> None:
 
 def test_heads_are_drawn_from_seed_and_salt() -> None:
     state = torch.get_rng_state()
-    made = build(name="fpn").projected(8, True)
+    made = build(name="fpn").projected(8, auxiliary=True)
     assert torch.equal(torch.get_rng_state(), state)
-    assert same(made, build(name="fpn").projected(8, True))
+    assert same(made, build(name="fpn").projected(8, auxiliary=True))
     assert same(made.net, build(name="fpn").network())
     assert same(made.projection, build(name="fpn").projected(8).projection)
     assert not same(made.projection, build(seed=1, name="fpn").projected(8).projection)
