@@ -1,6 +1,7 @@
 """Where classes are, and epochs in which each gets its share."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,10 @@ import torch
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from semiseg import testing
+from semiseg import parallel, testing
+from semiseg.data import centroids as centroids_module
 from semiseg.data.centroids import Centroids, class_centroids, places
+from semiseg.data.formats import MaskCode
 from semiseg.data.loader import Steps
 from semiseg.data.rows import Rows
 from semiseg.data.sampling import Mixture, Part, Phase, Stream, Timetable, draws
@@ -29,17 +32,17 @@ def data(tmp_path: Path) -> Data:
     return testing.Case("supervised", tmp_path).data()
 
 
-def of_counts(counts: list[int], share: float = 0.5, rows: int = 100) -> Centroids:
+def of_counts(counts: list[int], rows: int = 100) -> Centroids:
     """Class c has counts[c] places; row r, and (y, x) = (class, number)."""
     label = np.repeat(np.arange(len(counts)), counts).astype(np.int32)
     number = np.concatenate([np.zeros(0, int), *map(np.arange, counts)]).astype(np.int32)
     first = np.concatenate([[0], np.cumsum(counts)])
-    return Centroids((number % rows).astype(np.int32), label, number, first, share)
+    return Centroids((number % rows).astype(np.int32), label, number, first)
 
 
-def of_pool(centroids: Centroids | None, rows: int) -> Mixture:
+def of_pool(centroids: Centroids | None, rows: int, share: float = 0.5) -> Mixture:
     """As many samples as rows."""
-    return Mixture((Part(0, rows, rows, centroids),))
+    return Mixture((Part(0, rows, rows, centroids, share),))
 
 
 def test_a_place_a_class_and_tile_by_hand() -> None:
@@ -175,8 +178,8 @@ def test_crops_lie_all_around_the_place() -> None:
     assert max(Counter(at).values()) < 60  # of 20 on average
 
 
-def index(data: Data, share: float = 0.5, **options: int) -> Centroids:
-    return class_centroids(data.labelled, data, (16, 16), share, **({"least": 20} | options))
+def index(data: Data, **options: int) -> Centroids:
+    return class_centroids(data.labelled, data, (16, 16), **({"least": 20} | options))
 
 
 def test_the_index_of_a_pool(data: Data) -> None:
@@ -199,9 +202,8 @@ def test_the_index_is_kept_until_a_mask_changes(data: Data, tmp_path: Path) -> N
     before = index(data)
     (kept,) = (tmp_path / "cache" / "centroids").iterdir()
     stamp = kept.stat().st_mtime_ns
-    again = index(data, share=0.25)
+    again = index(data)
     assert np.array_equal(before.row, again.row)
-    assert again.share == 0.25
     assert kept.stat().st_mtime_ns == stamp
     mask = data.labelled[0].mask
     assert mask is not None
@@ -235,7 +237,7 @@ def test_batches_are_drawn_around_the_places(data: Data) -> None:
     """With every crop around a place, rare classes are in as many crops as others."""
     shown = {}
     for share in (0.0, 1.0):
-        stream = Stream(data.labelled, (Phase((4, 4), 8),), mixture=Mixture((Part(0, 4, 12, index(data, share)),)))
+        stream = Stream(data.labelled, (Phase((4, 4), 8),), mixture=Mixture((Part(0, 4, 12, index(data), share),)))
         steps = Steps({"labelled": stream}, Timetable(stream.phases, 400), data, seed=0)
         counts = np.zeros(len(data.classes))
         for step in range(50):
@@ -262,7 +264,7 @@ def test_resized_masks(tmp_path: Path) -> None:
 
 def test_parts_have_their_shares() -> None:
     """10 real rows, each once in two epochs, and 90 others of which 15 come in each: 1 to 3."""
-    mixture = Mixture((Part(0, 10, 5), Part(10, 90, 15, of_counts([6, 0, 8], 0.4, rows=90))))
+    mixture = Mixture((Part(0, 10, 5), Part(10, 90, 15, of_counts([6, 0, 8], rows=90), 0.4)))
     assert mixture.items == 20
     real: Counter[int] = Counter()
     other: Counter[int] = Counter()
@@ -287,3 +289,50 @@ def test_an_epoch_of_a_mixture_is_not_as_long_as_the_pool() -> None:
     drawn = np.concatenate([draws(stream, Timetable(stream.phases, 24), "a", 0, step).rows for step in range(6)])
     for epoch in range(4):
         assert Counter((drawn[6 * epoch : 6 * epoch + 6] < 2).tolist()) == {True: 2, False: 4}
+
+
+@pytest.mark.parametrize(("masks", "classes"), [(12, 11), (21, 11), (4, 3), (1, 2), (3, 19)])
+def test_few_masks_take_turns_with_the_classes(masks: int, classes: int) -> None:
+    """Half of the crops are around places also where that is less than one a class and epoch."""
+    mixture = Mixture((Part(0, masks, masks, of_counts([5] * classes, rows=masks)),))
+    around: Counter[int] = Counter()
+    total, rows = 0, Counter[int]()
+    for number in range(240):
+        row, at = mixture.epoch(0, 1, number)
+        assert len(row) == masks
+        around.update(at[at[:, 0] >= 0, 0].tolist())
+        rows.update(row[at[:, 0] < 0].tolist())
+        total += masks
+    assert abs(sum(around.values()) - total / 2) <= classes
+    assert max(around.values()) - min(around.values()) <= 1
+    assert len(around) == classes
+    assert max(rows.values()) - min(rows.values()) <= 1
+
+
+@pytest.mark.parametrize("damage", [b"", b"PK", b"other bytes", None])
+def test_a_damaged_index_is_made_anew(data: Data, tmp_path: Path, damage: bytes | None) -> None:
+    before = index(data)
+    (kept,) = (tmp_path / "cache" / "centroids").iterdir()
+    kept.write_bytes(kept.read_bytes()[:-40] if damage is None else damage)
+    assert np.array_equal(index(data).row, before.row)
+    assert np.array_equal(index(data).x, before.x)
+
+
+def test_plain_masks_have_places_of_their_own(data: Data, tmp_path: Path) -> None:
+    """The same files with another code are another index."""
+    swapped = replace(data, code=MaskCode(3, values=((0, 1), (1, 0), (2, 2))))
+    rows = data.labelled
+    plain = rows.with_plain_masks(row.mask or Path() for row in rows)
+    coded, ids = (class_centroids(r, swapped, (16, 16), 20) for r in (rows, plain))
+    assert coded.counts.tolist() == ids.counts[[1, 0, 2]].tolist()
+
+
+def test_one_process_finds_and_the_others_load(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = list[str]()
+    monkeypatch.setattr(parallel, "wait", lambda: calls.append("wait"))
+    find = centroids_module._find
+    monkeypatch.setattr(centroids_module, "_find", lambda *a: (calls.append("find"), find(*a))[1])
+    for rank in (0, 1):
+        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+        index(data)
+    assert calls == ["find", "wait", "wait"]

@@ -64,7 +64,8 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def label(net: nn.Module, data: Data, folder: Path, least: float = 0.0) -> tuple[Rows, list[str]]:
-    return pseudo_label(net, data.unlabelled, data, folder, PLAIN, CPU, least)
+    rows, report = pseudo_label(net, data.unlabelled, data, folder, PLAIN, CPU, least)
+    return rows, report.remarks(least)
 
 
 def test_labels_are_those_of_predict(net: Net, data: Data, tmp_path: Path) -> None:
@@ -103,7 +104,10 @@ def test_killed_at_any_file_and_continued(net: Net, data: Data, tmp_path: Path) 
         except KeyboardInterrupt:
             pass
     assert count > 8
-    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+    killed, whole = (files(tmp_path / name) for name in ("killed", "whole"))
+    assert killed.pop("report.json")
+    assert whole.pop("report.json")
+    assert killed == whole
     assert len(rows) == len(data.unlabelled)
     assert remarks == label(net, data, tmp_path / "whole", 0.5)[1]
 
@@ -165,6 +169,10 @@ def test_an_image_that_cannot_be_read_is_left_out(net: Net, data: Data, tmp_path
     assert broken.name in told
     assert len(rows) == len(data.unlabelled) - 1
     assert broken not in [row.image for row in rows]
+    broken.write_bytes(data.unlabelled[3].image.read_bytes())  # a pool that grew would change the student's draws
+    again, (told_again,) = label(net, data, tmp_path / "labels")
+    assert list(again) == list(rows)
+    assert told_again == told
 
 
 def test_many_files_lie_in_folders(net: Net, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,9 +190,17 @@ def test_processes_share_the_images(net: Net, data: Data, tmp_path: Path, monkey
     monkeypatch.setattr(Job, "done", lambda _: False)  # both begin at the same time
     for rank in (0, 1):
         monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
-        label(net, data, tmp_path / "two")
+        (tmp_path / "two" / "report.json").unlink(missing_ok=True)
+        with mock.patch.object(pseudo, "_confidences", return_value=np.zeros(256, np.int64)):
+            if rank == 0:
+                label(net, data, tmp_path / "two")
+            else:
+                with pytest.raises(FileNotFoundError):  # process 0 would write the report now
+                    label(net, data, tmp_path / "two")
         assert len(files(tmp_path / "two" / "labels")) == 4 * (rank + 1)
-    assert files(tmp_path / "two") == files(tmp_path / "one")
+    one, two = (files(tmp_path / name) for name in ("one", "two"))
+    assert one.pop("report.json")
+    assert one == two
 
 
 @pytest.mark.parametrize(

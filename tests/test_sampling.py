@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from semiseg.data.rows import Rows
-from semiseg.data.sampling import Draw, Phase, Stream, Timetable, draws, epoch_order, mix_group, scheduled
+from semiseg.data.sampling import Draw, Phase, Stream, Timetable, draws, epoch_order, mix_group
+from semiseg.engine import schedule
 from semiseg.types import TrainConfig
 
 pools = st.integers(2, 17)
@@ -146,8 +147,8 @@ def test_timetable_is_the_closed_form_of_counting(until: list[float], sizes: lis
     parts = phases(*zip(until, sizes, strict=False))
     timetable = Timetable(parts, samples)
     step = position = 0
-    for before, phase in zip([0.0, *until], parts, strict=False):
-        for _ in range(max(1, round((phase.until - before) * samples / phase.batch))):
+    for phase in parts:
+        for _ in range(max(1, round((phase.until * samples - position) / phase.batch))):
             assert timetable.at(step) == (phase, position)
             step, position = step + 1, position + phase.batch
     assert timetable.steps == step
@@ -185,7 +186,7 @@ def test_a_pool_is_labelled_or_not() -> None:
 
 def scheduled_as(name: str, epoch: float = 0.1, **options: Any) -> tuple[Phase, ...]:
     config = TrainConfig(schedule=name, crop=(128, 192), batch=4, **options)
-    return scheduled(Phase(config.crop, config.batch), config, epoch)
+    return schedule.phases(Phase(config.crop, config.batch), config, epoch)
 
 
 def test_schedules_by_hand() -> None:
@@ -196,7 +197,7 @@ def test_schedules_by_hand() -> None:
     assert scheduled_as("coarse2fine+") == (Phase(small, 16, 0.6, 4.0, 0.1), Phase(whole, 4, ramp=0.1))
     assert scheduled_as("fine2coarse+") == (Phase(whole, 4, 0.4), Phase(small, 16, 1.0, 4.0, 0.1))
     assert scheduled_as("coarse2fine+", small_batch=2)[0] == Phase(small, 8, 0.6, 2.0, 0.1)
-    assert scheduled_as("coarse2fine", small=0.25, small_share=0.5)[0] == Phase((32, 64), 4, 0.5)
+    assert scheduled_as("coarse2fine", small=0.25, small_share=0.5)[0] == Phase((32, 32), 4, 0.5)
 
 
 @pytest.mark.parametrize("epoch", [0.05, 0.1, 0.13, 0.45, 0.95, 1.0])
@@ -211,7 +212,8 @@ def test_alternate_changes_every_epoch_and_ends_whole(epoch: float) -> None:
 
 def test_a_small_crop_is_one_that_networks_take() -> None:
     config = TrainConfig(schedule="coarse2fine", crop=(321, 40), small=0.5)
-    assert scheduled(Phase(config.crop, 4), config, 0.1)[0].crop == (160, 20)
+    assert schedule.phases(Phase(config.crop, 4), config, 0.1)[0].crop == (160, 20)
+    assert schedule.phases(Phase((50, 50), 4), TrainConfig(schedule="coarse2fine", small=0.97), 0.1)[0].crop == (32, 32)
 
 
 @pytest.mark.parametrize(("share", "speed"), [(0.5, 1.6), (0.55, 1.702), (2 / 3, 2.0)])
@@ -243,3 +245,24 @@ def test_a_schedule_changes_the_crop_and_not_the_images() -> None:
         assert np.array_equal(rows, others)
         assert [k for d in plain for k in d.keys] == [k for d in other for k in d.keys]
         assert len({d.phase.crop for d in other}) == 2
+
+
+@pytest.mark.parametrize("crop", [(96, 96), (224, 224), (352, 352), (360, 480), (128, 160)])
+@pytest.mark.parametrize("small", [0.5, 0.6, 0.7, 0.8])
+def test_more_small_crops_have_no_more_pixels(crop: tuple[int, int], small: float) -> None:
+    config = TrainConfig(schedule="coarse2fine+", crop=crop, batch=4, small=small)
+    part = schedule.phases(Phase(crop, 4), config, 0.1)[0]
+    assert part.batch * part.crop[0] * part.crop[1] <= 4 * crop[0] * crop[1]
+
+
+@pytest.mark.parametrize("pool", [4, 10, 11, 12, 46])
+@pytest.mark.parametrize("name", ["alternate", "coarse2fine+", "fine2coarse"])
+def test_a_schedule_leaves_the_run_its_samples(pool: int, name: str) -> None:
+    """However short an epoch is: what one phase is rounded by does not add up over many."""
+    config = TrainConfig(schedule=name, crop=(64, 64), batch=8, steps=1000)
+    streams = {"labelled": stream(pool, Phase(config.crop, config.batch))}
+    timetable = Timetable(schedule.scheduled(streams, config)["labelled"].phases, 8000)
+    assert timetable.samples == pytest.approx(8000, abs=64)
+    if name == "alternate":
+        last = timetable.samples - int(timetable.first_sample[-2])
+        assert last == pytest.approx(800, abs=8 * len(timetable.phases) * 0.05 + 64)

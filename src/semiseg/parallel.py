@@ -6,6 +6,7 @@ through gloo.
 
 import atexit
 import os
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -132,6 +133,14 @@ def shared_sum(values: Sequence[Tensor]) -> list[Tensor]:
     sums = torch.stack([value.double() for value in values])
     dist.all_reduce(sums)
     return [total.to(value.dtype) for total, value in zip(sums, values, strict=True)]
+
+
+def quiet_worker(_: int) -> None:
+    """What a process that reads files begins with: one thread, and signals are the main process' business."""
+    # Both may reach the whole process group; the main process answers them and ends its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    torch.set_num_threads(1)
 
 
 def added(tensor: Tensor) -> Tensor:

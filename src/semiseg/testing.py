@@ -374,11 +374,26 @@ def check_seed(case: Case) -> None:
 
 
 def check_observers(case: Case) -> None:
-    """Logging, evaluating and saving more often leaves the run as it is; only the delivered step may be another."""
-    seldom = run(case, "observed seldom", steps=6, evaluations=1, log_every=100, save_every=100)
-    often = run(case, "observed often", steps=6, evaluations=3, log_every=1, save_every=1, keep=(0.5, 1.0))
+    """Logging, evaluating and saving more often leaves the run as it is; only the delivered step may be another.
+
+    Of several stages evaluations are varied for the first alone: the next one builds on what it delivers.
+    """
+    stages: list[Path] = []
+
+    def note(moment: Moment) -> Scalars:
+        stages.append(moment.stage)
+        return moment.go()
+
+    seldom = run(case, "observed seldom", note, steps=6, evaluations=1, log_every=100, save_every=100)
+    often = run(case, "observed often", steps=6, evaluations=1, log_every=1, save_every=1, keep=(0.5, 1.0))
     other = _different(seldom.checkpoints(), often.checkpoints())
-    assert not other, f"Evaluating and saving more often changes the run ({other})."
+    assert not other, f"Logging and saving more often changes the run ({other})."
+    evaluated = run(case, "evaluated often", steps=6, evaluations=3, log_every=100, save_every=100)
+    first = (stages[0] / "checkpoints").relative_to(seldom.folder).as_posix()
+    one, two = ({k: v for k, v in r.checkpoints().items() if k.startswith(first)} for r in (seldom, evaluated))
+    other = _different(one, two)
+    assert one, "no checkpoint of the first stage"
+    assert not other, f"Evaluating more often changes the run ({other})."
 
 
 def check_gradients(case: Case) -> None:

@@ -208,7 +208,7 @@ class TrainConfig(Options):
     small_share: Annotated[float, Field(gt=0, lt=1)] = 0.6
     """Share of the run's samples with small crops (coarse2fine, fine2coarse)."""
     small_batch: Annotated[int, Field(ge=1)] = 4
-    """At most so many times `batch` in a step with small crops, with +."""
+    """At most so many times `batch` in a step with small crops, with +; as many as have no more px than whole ones."""
     seed: Annotated[int, Field(ge=0)] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["bf16", "fp32"] = "fp32"

@@ -4,6 +4,7 @@ Source: the uniform sampling of Zhu et al. 2019 (arXiv:1812.01593), which their 
 """
 
 import contextlib
+import zipfile
 from dataclasses import dataclass
 from hashlib import blake2b
 from io import BytesIO
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from semiseg import parallel
 from semiseg.data.cache import cache_dir, open_mask
 from semiseg.data.rows import Rows
 from semiseg.data.splits import Data
@@ -25,6 +27,8 @@ from semiseg.types import InputError
 Mask = NDArray[np.uint8]
 LEAST = 64
 """px of a class in a tile that count as presence: single stray ones are noise, in pseudo-labels above all."""
+VERSION = 1
+"""Of how places are found: kept ones of another are found anew."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,14 +37,12 @@ class Centroids:
 
     row, y, x (n,) int32: row number in the pool, and px in the mask at the size that training works on; the place is of
     its class. first (C + 1,): class c has the places first[c] to first[c + 1].
-    share: of an epoch's crops that are drawn around a place, 0..1.
     """
 
     row: NDArray[np.int32]
     y: NDArray[np.int32]
     x: NDArray[np.int32]
     first: NDArray[np.int64]
-    share: float
 
     @property
     def counts(self) -> NDArray[np.int64]:
@@ -90,18 +92,16 @@ def places(mask: Mask, classes: int, tile: tuple[int, int], least: int = LEAST) 
     return np.stack([chosen[2], at_y[chosen], at_x[chosen]], 1)
 
 
-def class_centroids(
-    rows: Rows, data: Data, tile: tuple[int, int], share: float = 0.5, least: int = LEAST, workers: int = 0
-) -> Centroids:
+def class_centroids(rows: Rows, data: Data, tile: tuple[int, int], least: int = LEAST, workers: int = 0) -> Centroids:
     """The places of all classes in the masks of a pool, at the size that training works on.
 
-    Found once: they are kept with the resized images, known by the masks' files, the size, the tile and `least`.
+    Found once, by the first of several processes: they are kept with the resized images, known by the masks' files, the
+    size, the tile and `least`.
 
     Args:
         rows: the pool; every row has a mask.
         data: classes, code and size of the masks.
         tile: (h, w) in px; the crop's size gives a place for each crop's worth of image.
-        share: of an epoch's crops that are to be drawn around a place, 0..1.
         least: px of a class in a tile that count as presence.
         workers: processes that read masks.
 
@@ -109,24 +109,40 @@ def class_centroids(
         InputError: a mask cannot be read.
     """
     kept = _kept(rows, data, tile, least)
-    if kept.exists():
-        with np.load(kept, allow_pickle=False) as file:
-            return Centroids(file["row"], file["y"], file["x"], file["first"], share)
+    if parallel.rank() > 0:
+        parallel.wait()
+    if (found := _load(kept)) is None:  # of several processes another one only where the first could not write it
+        found = _find(rows, data, tile, least, workers)
+        file = BytesIO()
+        np.savez(file, row=found.row, y=found.y, x=found.x, first=found.first)
+        with contextlib.suppress(InputError), replacing(kept) as part:  # a full disk costs time, not the run
+            part.write_bytes(file.getvalue())
+    if parallel.rank() == 0:
+        parallel.wait()
+    return found
+
+
+def _load(kept: Path) -> Centroids | None:
+    try:
+        # From memory: of a damaged file np.load would leave the handle open.
+        with np.load(BytesIO(kept.read_bytes()), allow_pickle=False) as file:
+            return Centroids(file["row"], file["y"], file["x"], file["first"])
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+        return None  # not there yet, or damaged: found anew
+
+
+def _find(rows: Rows, data: Data, tile: tuple[int, int], least: int, workers: int) -> Centroids:
     found = []
-    loader = DataLoader(_Masks(rows, data, tile, least), batch_size=None, num_workers=workers)
-    for number, item in enumerate(loader):
+    quiet = parallel.quiet_worker if workers else None
+    masks = _Masks(rows, data, tile, least)
+    for number, item in enumerate(DataLoader(masks, batch_size=None, num_workers=workers, worker_init_fn=quiet)):
         if isinstance(item, InputError):
             raise item
         found.append(np.insert(item.numpy(), 0, number, axis=1))
     table = np.concatenate([np.zeros((0, 4), dtype=np.int64), *found])
     row, label, y, x = table[np.argsort(table[:, 1], kind="stable")].T
     first = np.concatenate([[0], np.bincount(label, minlength=len(data.classes)).cumsum()])
-    arrays = {"row": row.astype(np.int32), "y": y.astype(np.int32), "x": x.astype(np.int32), "first": first}
-    file = BytesIO()
-    np.savez(file, **arrays)
-    with contextlib.suppress(InputError), replacing(kept) as part:  # a full disk costs time, not the run
-        part.write_bytes(file.getvalue())
-    return Centroids(**arrays, share=share)
+    return Centroids(row.astype(np.int32), y.astype(np.int32), x.astype(np.int32), first)
 
 
 class _Masks(Dataset[Any]):
@@ -149,12 +165,12 @@ class _Masks(Dataset[Any]):
 
 def _kept(rows: Rows, data: Data, tile: tuple[int, int], least: int) -> Path:
     """The file of these places, another one whenever a mask changes."""
-    key = blake2b(repr((data.code, data.config.size, len(data.classes), tile, least)).encode(), digest_size=16)
+    key = blake2b(repr((VERSION, data.code, data.config.size, tile, least)).encode(), digest_size=16)
     for row in rows:
         assert row.mask is not None, f"{row.name} has no mask"
         try:
             stat = row.mask.stat()
         except OSError as error:
             raise InputError(f"{row.mask} cannot be read ({error.strerror}): restore it.") from error
-        key.update(repr((str(row.mask.absolute()), stat.st_mtime_ns, stat.st_size)).encode())
+        key.update(repr((str(row.mask.absolute()), stat.st_mtime_ns, stat.st_size, row.plain)).encode())
     return cache_dir() / "centroids" / f"{key.hexdigest()}.npz"

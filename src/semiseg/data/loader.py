@@ -1,6 +1,5 @@
 """From rows to batches. Item t of the data set is step t: to resume is to start later, and workers cannot matter."""
 
-import signal
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from semiseg import parallel
 from semiseg.data.cache import open_image, open_mask, open_pair
 from semiseg.data.rows import Row
 from semiseg.data.sampling import Draw, Stream, Timetable, draws
@@ -149,7 +149,7 @@ def steps(dataset: Steps, start: int, workers: int, pin: bool) -> Iterator[Item]
         sampler=range(start, dataset.timetable.steps),
         num_workers=workers,
         pin_memory=pin,
-        worker_init_fn=_quiet_worker if workers else None,
+        worker_init_fn=parallel.quiet_worker if workers else None,
         prefetch_factor=4 if workers else None,
     )
     try:
@@ -171,10 +171,3 @@ def first_step(streams: Mapping[str, Stream], data: Data, seed: int) -> dict[str
     if isinstance(item, InputError):
         raise item
     return item.batches
-
-
-def _quiet_worker(_: int) -> None:
-    # Both may reach the whole process group; the main process answers them and ends its workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    torch.set_num_threads(1)

@@ -3,10 +3,9 @@
 Position p counts the samples of a stream from the start of the run; epoch p // n has one shuffled order of the n rows.
 """
 
-import math
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -14,13 +13,14 @@ from numpy.typing import NDArray
 
 from semiseg.data.centroids import Centroids
 from semiseg.data.rows import Rows
-from semiseg.types import TrainConfig
 
 Key = tuple[int, int, int, int]
 """(seed, stream, position, SAMPLE): all chance of one sample comes from a generator seeded with it."""
 
 SAMPLE, ORDER, PARTNER, SHUFFLE, PLACES = 1, 2, 3, 4, 5
 """What a generator is for. Never 0: NumPy takes a key and the same key with zeros behind it for one."""
+NOWHERE = 1000
+"""In a key, where the number of a class would be: the crops around no place."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,6 @@ class Phase:
     ramp: float = 0.0
 
 
-NOWHERE = 1000
-"""In a key, where the number of a class would be: the crops around no place."""
-
-
 @dataclass(frozen=True)
 class Stream:
     """What a method asks for: a pool of rows, the phases, and the number of strong views a sample.
@@ -54,6 +50,11 @@ class Stream:
     strong: int = 0
     images: bool = True
     mixture: "Mixture | None" = None
+
+    @property
+    def epoch(self) -> int:
+        """Samples of an epoch."""
+        return len(self.rows) if self.mixture is None else self.mixture.items
 
     @cached_property
     def labelled(self) -> bool:
@@ -89,9 +90,12 @@ class Timetable:
         shares = np.diff([0.0, *(phase.until for phase in phases)])
         assert (shares > 0).all() and phases[-1].until == 1, "phases follow one another and end at 1"
         self.phases = tuple(phases)
-        steps = [max(1, round(share * samples / phase.batch)) for share, phase in zip(shares, phases, strict=True)]
-        self.first_step = np.concatenate([[0], np.cumsum(steps)])
-        self.first_sample = np.concatenate([[0], np.cumsum([s * p.batch for s, p in zip(steps, phases, strict=True)])])
+        # Each boundary by itself, so that what one phase is rounded by does not move the others.
+        self.first_step, self.first_sample = np.zeros((2, len(phases) + 1), dtype=np.int64)
+        for i, phase in enumerate(phases):
+            steps = max(1, round((phase.until * samples - int(self.first_sample[i])) / phase.batch))
+            self.first_step[i + 1] = self.first_step[i] + steps
+            self.first_sample[i + 1] = self.first_sample[i] + steps * phase.batch
         self.steps, self.samples = int(self.first_step[-1]), int(self.first_sample[-1])
 
     def at(self, step: int) -> tuple[Phase, int]:
@@ -111,34 +115,6 @@ class Timetable:
         since = (self.at(step)[1] - int(self.first_sample[i])) / self.samples
         part = min(1.0, since / phase.ramp) if phase.ramp else 1.0
         return before.rate + part * (phase.rate - before.rate)
-
-
-def scheduled(phase: Phase, config: TrainConfig, epoch: float) -> tuple[Phase, ...]:
-    """The phases that the run's schedule makes of a single one; `epoch` is the share of the run's samples in one.
-
-    Source of the names: Zhu et al. 2020. Sizes, shares and ramps are ours, the paper gives none.
-    """
-    name, plus = config.schedule.rstrip("+"), config.schedule.endswith("+")
-    if name == "baseline":
-        return (phase,)
-    crop = (_small(phase.crop[0], config.small), _small(phase.crop[1], config.small))
-    times = min(config.small_batch, round(1 / config.small**2)) if plus else 1
-    ramp = min(epoch, config.small_share / 2, (1 - config.small_share) / 2) if plus else 0.0
-    if name == "alternate":
-        edges = [*(epoch * np.arange(1, math.ceil(0.9 / epoch - 1e-6))).tolist(), 0.9, 1.0]
-        # The last tenth, and every second epoch before it, counted from the end, are whole.
-        whole = [i == len(edges) - 1 or (len(edges) - i) % 2 == 1 for i in range(len(edges))]
-        return tuple(replace(phase, until=u, crop=phase.crop if w else crop) for u, w in zip(edges, whole, strict=True))
-    share = config.small_share if name == "coarse2fine" else 1 - config.small_share
-    small = Phase(crop, times * phase.batch, share, float(times), ramp)
-    if name == "coarse2fine":
-        return small, replace(phase, ramp=ramp)
-    return replace(phase, until=share), replace(small, until=1.0)
-
-
-def _small(side: int, factor: float) -> int:
-    """Of a crop: a multiple of 32 px, with which all networks work, where the side is large enough."""
-    return max(1, round(side * factor / 32)) * 32 if side * factor >= 32 else max(1, round(side * factor))
 
 
 def mix_group(batch: int) -> int:
@@ -173,13 +149,14 @@ def _last_row(rows: int, seed: int, stream: int, epoch: int) -> int:
 class Part:
     """A part of a pool, `rows` of it from number `first` on, and how much of it is in an epoch: `items`.
 
-    centroids: of these rows, numbered from 0; a share of the crops is drawn around their places.
+    centroids: of these rows, numbered from 0; `share` of the crops, 0..1, are drawn around their places.
     """
 
     first: int
     rows: int
     items: int
     centroids: Centroids | None = None
+    share: float = 0.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,7 +174,8 @@ class Mixture:
         """One epoch's samples, shuffled: row numbers (n,), and (y, x) of the place each is drawn around (n, 2), or -1.
 
         Every class that a part has gets the same number of its crops, by its places in a shuffled order that goes on
-        from epoch to epoch; the other crops go through the part's rows in the same manner.
+        from epoch to epoch; the other crops go through the part's rows in the same manner. Where that is less than one
+        crop a class and epoch, classes take turns over the epochs.
         """
         return _epoch(self, seed, stream, number)
 
@@ -211,17 +189,26 @@ def _epoch(mixture: Mixture, seed: int, stream: int, number: int) -> tuple[NDArr
 
 
 def _part(part: Part, number: int, key: tuple[int, ...]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    rows, at, free = np.zeros(0, np.int64), np.full((part.items, 2), -1, dtype=np.int64), part.items
-    if (centroids := part.centroids) is not None:
-        present = np.flatnonzero(centroids.counts)
-        each = int(centroids.share * part.items) // max(1, len(present))
-        first, counts = centroids.first.tolist(), centroids.counts.tolist()
-        chosen = [first[c] + _slice(counts[c], number * each, each, (*key, c)) for c in present.tolist()]
-        places = np.concatenate([np.zeros(0, np.int64), *chosen])
-        rows, free = centroids.row[places].astype(np.int64), part.items - len(places)
-        at[: len(places)] = np.stack([centroids.y[places], centroids.x[places]], 1)
-    random = _slice(part.rows, number * free, free, (*key, NOWHERE))
-    return part.first + np.concatenate([rows, random]), at
+    centroids, chosen, before = part.centroids, [np.zeros(0, np.int64)], 0
+    if centroids is not None:
+        present = np.flatnonzero(centroids.counts).tolist()
+        quota = part.share * part.items / max(1, len(present))
+        for turn, c in enumerate(present):
+            start, end = _turns(number, quota, turn / len(present)), _turns(number + 1, quota, turn / len(present))
+            before += start
+            chosen.append(int(centroids.first[c]) + _slice(int(centroids.counts[c]), start, end - start, (*key, c)))
+    places = np.concatenate(chosen)
+    random = _slice(part.rows, number * part.items - before, part.items - len(places), (*key, NOWHERE))
+    at = np.full((part.items, 2), -1, dtype=np.int64)
+    if centroids is None:
+        return part.first + random, at
+    at[: len(places)] = np.stack([centroids.y[places], centroids.x[places]], 1)
+    return part.first + np.concatenate([centroids.row[places].astype(np.int64), random]), at
+
+
+def _turns(epochs: int, quota: float, offset: float) -> int:
+    """How many crops a class has had after so many epochs: whole ones in each, or now and then one."""
+    return epochs * int(quota) if quota >= 1 else int(epochs * quota + offset)
 
 
 def _slice(count: int, start: int, length: int, key: tuple[int, ...]) -> NDArray[np.int64]:
@@ -238,7 +225,7 @@ def draws(stream: Stream, timetable: Timetable, name: str, seed: int, step: int)
     """The global batch of a step."""
     phase, start = timetable.at(step)
     number, mixture = stream_number(name), stream.mixture
-    count = len(stream.rows) if mixture is None else mixture.items
+    count = stream.epoch
     positions = np.arange(start, start + phase.batch)
     rows = np.empty(phase.batch, dtype=np.int64)
     centres = np.full((phase.batch, 2), -1, dtype=np.int64)

@@ -6,6 +6,8 @@ slow, and two images of one name do not meet.
 
 import hashlib
 import json
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,8 @@ from semiseg.engine.predict import Job, Predictor, run_jobs
 from semiseg.files import sweep, write_json
 from semiseg.types import InferenceConfig, InputError, some
 
-CARD = "labels.json"
+CARD, REPORT = "labels.json", "report.json"
+"""What labels depend on, written first; and how it went, written when all are there."""
 SHARD = 1000
 
 
@@ -35,7 +38,7 @@ def pseudo_label(
     inference: InferenceConfig,
     device: torch.device,
     least: float = 0.0,
-) -> tuple[Rows, list[str]]:
+) -> tuple[Rows, "Report"]:
     """Writes a label and a confidence map for each row below `folder`, or goes on with what is there.
 
     Args:
@@ -48,26 +51,48 @@ def pseudo_label(
         least: confidence below which a pixel is IGNORE, 0..1.
 
     Returns:
-        the rows with their labels as masks, without those whose image cannot be read; and remarks for the user.
+        the rows with their labels as masks, without those whose image could not be read; and how it went.
 
     Raises:
         InputError: the folder holds labels of another teacher, of other images or by other options.
     """
     _claim(folder, _fingerprint(net, rows, data, inference, least))
     jobs = [Job(row.image, _file(folder, "labels", i), _file(folder, "confidence", i)) for i, row in enumerate(rows)]
-    sizes = data.config.channels, data.config.size
-    predictor = Predictor(net, data.classes, data.palette, *sizes, inference, device)
-    modes = [(module, module.training) for module in net.modules()]
-    net.eval()
-    failed = run_jobs(predictor, jobs, least, "labelling")
-    for module, training in modes:
-        module.training = training
-    parallel.wait()
-    good = [i for i, job in enumerate(jobs) if str(job.source) not in failed]
-    remarks = [f"no pseudo-label for {some(failed)}: it cannot be read"] if failed else []
-    if least > 0 and (counts := _confidences([jobs[i] for i in good])).any():
-        remarks.append(_told(counts, least))
-    return rows[good].with_plain_masks(jobs[i].mask.absolute() for i in good), remarks
+    report = folder / REPORT
+    if not report.exists():
+        began = time.perf_counter()
+        sizes = data.config.channels, data.config.size
+        predictor = Predictor(net, data.classes, data.palette, *sizes, inference, device)
+        modes = [(module, module.training) for module in net.modules()]
+        net.eval()
+        failed = run_jobs(predictor, jobs, least, "labelling")
+        for module, training in modes:
+            module.training = training
+        parallel.wait()
+        counts = _confidences([job for job in jobs if str(job.source) not in failed]).tolist()
+        # From here on the pool is fixed: an image that can be read again would change the student's draws.
+        if parallel.rank() == 0:
+            write_json(report, {"failed": failed, "confidences": counts, "seconds": time.perf_counter() - began})
+        parallel.wait()
+    told = Report(**json.loads(report.read_text(encoding="utf-8")))
+    good = [i for i, job in enumerate(jobs) if str(job.source) not in told.failed]
+    return rows[good].with_plain_masks(jobs[i].mask.absolute() for i in good), told
+
+
+@dataclass(frozen=True)
+class Report:
+    """How labelling went: images that could not be read, each with the reason; how many pixels have which confidence
+    (256,), 0 to 255; and seconds, of the call that finished it."""
+
+    failed: dict[str, str]
+    confidences: list[int]
+    seconds: float
+
+    def remarks(self, least: float) -> list[str]:
+        """Sentences for the user."""
+        lines = [f"no pseudo-label for {some(self.failed)}: it cannot be read"] if self.failed else []
+        counts = np.array(self.confidences)
+        return [*lines, _told(counts, least)] if least > 0 and counts.any() else lines
 
 
 def _file(folder: Path, kind: str, number: int) -> Path:

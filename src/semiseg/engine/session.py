@@ -24,13 +24,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from semiseg import parallel
 from semiseg.data.loader import Steps, steps
 from semiseg.data.rows import Rows
-from semiseg.data.sampling import Phase, Stream, Timetable, draws, mix_group, scheduled
+from semiseg.data.sampling import Phase, Stream, Timetable, draws, mix_group
 from semiseg.data.splits import Data
 from semiseg.engine import checkpoint
 from semiseg.engine.evaluate import evaluate
 from semiseg.engine.log import Log, peak_memory
 from semiseg.engine.memory import memory_errors, smaller
-from semiseg.engine.pseudo import pseudo_label
+from semiseg.engine.pseudo import Report, pseudo_label
+from semiseg.engine.schedule import scheduled
 from semiseg.files import replacing
 from semiseg.types import Clock, InferenceConfig, InputError, Interrupted, TrainConfig
 
@@ -137,6 +138,8 @@ class Session:
     device: torch.device
     trained: list["Session"] = field(default_factory=list, kw_only=True)
     """The stages that were trained, or found finished, in their order; all stages of a run share the list."""
+    labelled: list[Report] = field(default_factory=list, kw_only=True)
+    """Likewise, how labelling went."""
 
     def stage(self, name: str) -> "Session":
         """A stage of its own: another folder, the same options."""
@@ -158,6 +161,9 @@ class Session:
             total.seconds += stage.seconds
             total.peak_gb = max(total.peak_gb, stage.peak_gb)
             total.skipped = stage.skipped | total.skipped
+        for report in self.labelled:
+            total.seconds += report.seconds
+            total.skipped = report.failed | total.skipped
         return total
 
     def _progress(self) -> Progress:
@@ -168,9 +174,10 @@ class Session:
         self, net: nn.Module, rows: Rows, data: Data, inference: InferenceConfig, least: float = 0.0
     ) -> Rows:
         """The rows with labels of a network as masks, written to the stage's folder; see `engine.pseudo`."""
-        labelled, remarks = pseudo_label(net, rows, data, self.folder / "pseudo", inference, self.device, least)
+        labelled, report = pseudo_label(net, rows, data, self.folder / "pseudo", inference, self.device, least)
+        self.labelled.append(report)
         if parallel.rank() == 0:
-            for remark in remarks:
+            for remark in report.remarks(least):
                 Console().print(remark, markup=False, highlight=False, soft_wrap=True)
         return labelled
 
@@ -183,9 +190,9 @@ class Session:
         """
         c = self.config
         self.trained.append(self)
-        streams = _scheduled(streams or method.streams(data, c.batch, c.crop), c)
+        streams = scheduled(streams or method.streams(data, c.batch, c.crop), c)
         timetable = _timetable(streams, c.steps * c.batch)
-        _check_blocks(streams)
+        _check_blocks(streams, c.batch)
         total = timetable.steps
         start, progress = self._restore(method)
         evaluations = {round(total * (i + 1) / c.evaluations) for i in range(c.evaluations)} | {total}
@@ -230,6 +237,8 @@ class Session:
                 images += sum(len(b.row) for b in batches.values() if b.image.shape[1])
 
                 done = step + 1
+                if done == total:
+                    self._refresh(method.predictor(), streams, data, log)
                 self._keep([share for share, at in kept.items() if at == done], method.predictor())
                 evaluating = done in evaluations
                 saving = done % c.save_every == 0 or done == total or evaluating
@@ -250,8 +259,6 @@ class Session:
                     log.row(step, {**values, "rate": rate, "images_per_second": speed})
                     log.progress(step, values, speed)
                     skipped, images, since = {}, 0, time.perf_counter()
-                    if done == total and timetable.phases[-1].crop != c.crop and len(timetable.phases) > 1:
-                        self._refresh(method.predictor(), streams, data, log)
                     if evaluating:
                         self._evaluate(method, data, done, progress, log, signals)
                         since = time.perf_counter()
@@ -309,7 +316,10 @@ class Session:
             checkpoint.save_weights(self.folder / "kept" / f"{share:g}.safetensors", net)
 
     def _refresh(self, net: nn.Module, streams: Mapping[str, Stream], data: Data, log: Log) -> None:
-        """Batch norm's running statistics anew, from whole crops: those at the end of the run were small."""
+        """Batch norm's running statistics anew, from whole crops, where those at the end of the run were small."""
+        phases = next(iter(streams.values())).phases
+        if len(phases) == 1 or phases[-1].crop == self.config.crop:
+            return
         c, (name, stream) = self.config, next((n, s) for n, s in streams.items() if s.images)
         whole = replace(stream, phases=(Phase(c.crop, c.batch),), strong=0, mixture=None)
         timetable = Timetable(whole.phases, REFRESH * c.batch)
@@ -324,14 +334,15 @@ class Session:
             norm.momentum = None  # a plain mean
             norm.train()
         with torch.no_grad():
-            for item in steps(dataset, 0, c.workers, self.device.type == "cuda"):
+            for item in steps(dataset, 0, c.workers, self.device.type == "cuda") if norms else ():
                 net(item.batches[name].to(self.device).image)
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
         for module, training in modes:
             module.training = training
         parallel.average_statistics(norms)
-        log.line(f"batch norm's statistics are now those of {REFRESH} batches of {c.crop[0]}x{c.crop[1]} px")
+        if norms:
+            log.line(f"batch norm's statistics are now those of {REFRESH} batches of {c.crop[0]}x{c.crop[1]} px")
 
     def _save(self, method: Trainable, progress: Progress, done: int, deliver: bool) -> None:
         progress.peak_gb = max(progress.peak_gb, *parallel.gather(peak_memory()))
@@ -372,15 +383,6 @@ REFRESH = 200
 """Batches whose mean replaces batch norm's running statistics where a run ends with small crops."""
 
 
-def _scheduled(streams: Mapping[str, Stream], config: TrainConfig) -> dict[str, Stream]:
-    """The streams with the phases of `train.schedule`; those that a method divides into phases itself as they are."""
-    epoch = min(1.0, max(1, *(len(stream.rows) for stream in streams.values())) / (config.steps * config.batch))
-    return {
-        name: replace(stream, phases=scheduled(stream.phases[0], config, epoch)) if len(stream.phases) == 1 else stream
-        for name, stream in streams.items()
-    }
-
-
 def _timetable(streams: Mapping[str, Stream], samples: int) -> Timetable:
     for name, stream in streams.items():
         if not len(stream.rows):
@@ -392,7 +394,7 @@ def _timetable(streams: Mapping[str, Stream], samples: int) -> Timetable:
     return timetables[0]
 
 
-def _check_blocks(streams: Mapping[str, Stream]) -> None:
+def _check_blocks(streams: Mapping[str, Stream], own: int) -> None:
     """Every process needs its block of each batch, and mixing partners in it.
 
     Raises:
@@ -408,7 +410,9 @@ def _check_blocks(streams: Mapping[str, Stream]) -> None:
         for batch in (phase.batch for phase in stream.phases):
             if not divides(batch, mixes):
                 what = " that are mixed in one process" if mixes and batch % world == 0 else ""
-                better = next(size for size in range(batch, world * batch * 12 + 1) if divides(size, mixes))
+                times = max(1, batch // own)  # a step with small crops may have several times the recipe's batch
+                sizes = range(own, world * own * 12 + 1)
+                better = next(size for size in sizes if divides(size, mixes) and divides(size * times, mixes))
                 raise InputError(
                     f"train.batch: {batch} images cannot be divided among {world} processes into equal blocks"
                     f"{what}: take train.batch={better}, or launch fewer processes."

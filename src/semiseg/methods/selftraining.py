@@ -42,8 +42,8 @@ class SelfTraining(Method):
         """Students; each is the teacher of the next."""
         least: Portion = 0.0
         """Confidence of the teacher below which a pixel gets no label; the paper keeps all."""
-        ratio: Annotated[float, Field(gt=0)] | None = None
-        """Pseudo-labelled images for each real one in a student's epochs; none: as many as there are."""
+        ratio: Annotated[float, Field(gt=0, le=1000)] | None = None
+        """Pseudo-labelled samples for each real one in a student's epochs; none: as many as there are images."""
         centred: Portion = 0.5
         """Share of the crops that are drawn around a place of a class, every class alike."""
         tile: tuple[Side, Side] | None = None
@@ -93,4 +93,4 @@ class SelfTraining(Method):
             return Part(first, count, items)
         some = rows[first : first + count]
         tile = c.tile or train.crop
-        return Part(first, count, items, class_centroids(some, data, tile, c.centred, c.least_pixels, train.workers))
+        return Part(first, count, items, class_centroids(some, data, tile, c.least_pixels, train.workers), c.centred)
