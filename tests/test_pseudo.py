@@ -55,7 +55,8 @@ def data(tmp_path: Path) -> Data:
 def net() -> Net:
     torch.manual_seed(0)
     made = Net()
-    made.norm.running_mean.fill_(0.1)  # type: ignore[union-attr]
+    assert made.norm.running_mean is not None
+    made.norm.running_mean.fill_(0.1)
     return made
 
 
