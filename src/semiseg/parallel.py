@@ -5,6 +5,7 @@ through gloo.
 """
 
 import atexit
+import importlib
 import os
 import signal
 from collections.abc import Iterable, Iterator, Sequence
@@ -81,6 +82,9 @@ def start(place: torch.device) -> None:
     # Objects and counts of evaluations travel as CPU tensors, gradients as the device's. A process that has predicted
     # its images waits for the slowest one, which may take hours.
     backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
+    # Its functions have the group as a default: imported later, as the optimisers do, they would keep it alive, and
+    # gloo's threads that outlive Python abort the process.
+    importlib.import_module("torch.distributed.nn.functional")
     dist.init_process_group(backend, timeout=timedelta(days=2))
     atexit.register(dist.destroy_process_group)
 
