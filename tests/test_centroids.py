@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from scipy import ndimage
 
 from semiseg import parallel, testing
@@ -336,3 +337,58 @@ def test_one_process_finds_and_the_others_load(data: Data, monkeypatch: pytest.M
         monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
         index(data)
     assert calls == ["find", "wait", "wait"]
+
+
+def test_how_many_samples_show_a_class() -> None:
+    """By hand: 4 rows; class 0 in all of them, class 1 in row 3 only, class 2 in none."""
+    row, label = [0, 1, 2, 3, 3], [0, 0, 0, 0, 1]
+    first = np.array([0, 4, 5, 5])
+    at = np.zeros(5, np.int32)
+    part = Part(0, 4, 40, Centroids(np.array(row, np.int32), at, at, first), 0.5)
+    assert label == np.repeat(range(3), np.diff(first)).tolist()
+    alike, drawn = part.shown()
+    assert alike.tolist() == [40, 10, 0]
+    # Around places of 0, each row alike: a quarter shows 1. Around the place of 1: all.
+    assert drawn.tolist() == [40, 20 / 40 * 10 + 10 * 0.25 + 10 * 1, 0]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_how_many_samples_show_a_class_over_many_epochs(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    found = of_counts(rng.integers(0, 9, 4).tolist(), rows=6)
+    part = Part(0, 6, 11, found, 0.7)
+    shows = np.zeros((6, 4))
+    shows[found.row, np.repeat(np.arange(4), found.counts)] = 1
+    rows = np.concatenate([Mixture((part,)).epoch(0, 1, number)[0] for number in range(400)])
+    assert np.allclose(part.shown()[1], shows[rows].sum(0) / 400, atol=0.15)
+
+
+@pytest.mark.parametrize(("real", "pseudo", "batch"), [(46, 138, 8), (46, 100, 8), (3, 50, 4), (7, 7, 5), (200, 9, 16)])
+def test_an_even_mixture(real: int, pseudo: int, batch: int) -> None:
+    """Every batch has the epoch's share, off by one at most; and an epoch the same samples as without."""
+    parts = (Part(0, real, real), Part(real, pseudo, pseudo))
+    even, mixed = Mixture(parts, even=True), Mixture(parts)
+    orders = [even.epoch(3, 1, number)[0] for number in range(40)]
+    for number, order in enumerate(orders):
+        assert sorted(order) == sorted(mixed.epoch(3, 1, number)[0])
+    kinds = np.concatenate(orders) < real
+    kinds = kinds[: len(kinds) // batch * batch].reshape(-1, batch)
+    wanted = batch * real / (real + pseudo)
+    assert np.abs(kinds.sum(1) - wanted).max() <= 1
+    assert not np.array_equal(orders[0], orders[1])
+    firsts = Counter(int(order[order < real][0]) for order in orders)
+    assert len(firsts) > min(real, 40) / 3  # which sample comes when is random
+
+
+def test_places_are_where_pseudo_labels_are_sure(data: Data, tmp_path: Path) -> None:
+    mask, sure = np.zeros((40, 48), np.uint8), np.full((40, 48), 127, np.uint8)
+    mask[:, 24:] = 1
+    sure[8:20, 24:] = 128
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    Image.fromarray(sure).save(tmp_path / "sure.png")
+    rows = data.labelled[:1]
+    found = class_centroids(rows.with_plain_masks([tmp_path / "mask.png"], [tmp_path / "sure.png"]), data, (40, 48), 8)
+    assert found.counts.tolist() == [0, 1, 0]
+    assert (int(found.y[0]), int(found.x[0])) == (13, 35)
+    found = class_centroids(rows.with_plain_masks([tmp_path / "mask.png"]), data, (40, 48), 8)
+    assert found.counts.tolist() == [1, 1, 0]

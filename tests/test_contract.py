@@ -31,6 +31,7 @@ MOVES: Mapping[str, Mapping[str, Sequence[Move]]] = {
         "rank_high": (Move(2),),
     },
     "selftraining": {
+        "teacher_network": (Move({"name": "fpn", "encoder": "test_resnet", "weights": "random"}),),
         "least": (Move(0.6),),
         "ratio": (Move(1.0),),
         "tile": (Move([8, 8]),),

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from semiseg import parallel, testing
-from semiseg.data.cache import open_mask
+from semiseg.data.cache import open_confidence, open_mask
 from semiseg.data.formats import MaskCode, read_mask
 from semiseg.data.loader import Steps
 from semiseg.data.rows import Rows
@@ -218,6 +218,10 @@ def test_a_pool_of_masks_and_pseudo_labels(net: Net, data: Data, tmp_path: Path,
     assert both[:4][0].plain is False
     last = both[-1]
     assert last.mask is not None
+    assert last.confidence is not None
+    assert [row.confidence is None for row in both] == [True] * 4 + [False] * 8
+    assert last.confidence == Path(str(last.mask).replace("labels/0", "confidence/0"))
+    assert np.array_equal(open_confidence(last, None), np.asarray(Image.open(last.confidence)))
     assert np.array_equal(open_mask(last, code, None, cache=False), read_mask(last.mask, MaskCode(3)))
     if code == data.code:
         steps = Steps({"labelled": Stream(both, (Phase((32, 32), 4),))}, Timetable((Phase((32, 32), 4),), 12), data, 0)

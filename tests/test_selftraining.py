@@ -101,6 +101,21 @@ def test_the_ratio_of_an_epoch(case: testing.Case, ratio: float | None, pseudo: 
     assert epochs(student, 5) == [Counter({False: 4, True: pseudo})] * 5
 
 
+def test_a_teacher_with_another_network(case: testing.Case, tmp_path: Path) -> None:
+    fitted(case, teacher_network={"name": "unet", "encoder": "test_resnet", "weights": "random"}, rounds=2)
+    kinds = [type(getattr(method.predictor(), "decoder", None)).__name__ for _, method, _ in notes]
+    assert kinds[0] == "UnetDecoder"
+    assert kinds[1] == kinds[2] != "UnetDecoder"
+
+
+def test_a_ratio_a_batch(case: testing.Case) -> None:
+    fitted(case, ratio=3.0, per_batch=True)
+    student = notes[1][2]
+    for step in range(12):
+        rows = draws(student, _timetable({"labelled": student}, 48), "labelled", 0, step).rows
+        assert int((rows < 4).sum()) == 1
+
+
 def test_crops_around_places(case: testing.Case) -> None:
     fitted(case, ratio=10.0, centred=0.6)
     assert notes[1][2].mixture is not None
@@ -138,7 +153,13 @@ def test_a_run_from_the_recipe_to_the_model(
     assert results["seconds"] == pytest.approx(sum(state["progress"]["seconds"] for state in stages) + labelling)
     assert results["val_last"] == stages[1]["progress"]["last"]
     assert results["miou"] == results["val_best"]["miou"]
-    assert "of the pixels have a pseudo-label, of a confidence of at least 0.4" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "of the pixels have a pseudo-label, of a confidence of at least 0.4" in said
+    assert said.count("starts from") == 1
+    assert "crops of an epoch are of images with" in said
+    shown = json.loads((tmp_path / "run/round-1/sampling.json").read_text())
+    assert shown["samples"] == 12
+    assert list(shown["classes"]) == ["dark", "middle", "bright"] or len(shown["classes"]) == 3
     delivered = load_file(tmp_path / "run/round-1/checkpoints/delivered.safetensors")
     assert isinstance(model.predictor.net, nn.Module)
     tensors: dict[str, Tensor] = model.predictor.net.state_dict()

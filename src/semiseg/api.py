@@ -218,10 +218,10 @@ def _run(recipe: Recipe, out: Path, base: Path | None, copies: list[Path]) -> No
 
     if parallel.rank() == 0:
         _write_recipe(recipe, out, copies)
-    goes_on = any(out.rglob(checkpoint.LAST))  # then it is no news what it started from
-    for line in (_opening(recipe, data, device), *data.notes, *([] if goes_on else build.report)):
+    for line in (_opening(recipe, data, device), *data.notes):
         print(line)
     session = Session(out, recipe.train, recipe.evaluate, device)
+    session.say(build.report)
     net = method.fit(session, data)
 
     split, rows = ("test", data.test) if len(data.test) else ("val", data.val)
@@ -253,12 +253,20 @@ def _opening(recipe: Recipe, data: Data, device: torch.device) -> str:
 
 def _resolve(recipe: Recipe, base: Path | None) -> tuple[Recipe, list[Path]]:
     """Relative paths made absolute; the second value are the user's own code files, of which the run keeps a copy."""
-    network = recipe.network
-    if network.weights not in ("pretrained", "random"):
-        network = network.model_copy(update={"weights": str(find_weights(network.weights, base).resolve())})
-    places = (name.rpartition(":")[0] for name in (recipe.method.name, recipe.network.name))
-    copies = [code_file(place, base) for place in places if place.endswith(".py")]
-    return recipe.model_copy(update={"data": located(recipe.data, base), "network": network}), copies
+    options = recipe.method.options
+    others = {name: _found(value, base) for name, value in options if isinstance(value, NetworkConfig)}
+    network = _found(recipe.network, base)
+    names = [recipe.method.name, *(some.name for some in (network, *others.values()))]
+    places = [name.rpartition(":")[0] for name in names]
+    method = recipe.method.model_copy(update={"options": options.model_copy(update=others)})
+    changed = {"data": located(recipe.data, base), "network": network, "method": method}
+    return recipe.model_copy(update=changed), [code_file(place, base) for place in places if place.endswith(".py")]
+
+
+def _found(network: NetworkConfig, base: Path | None) -> NetworkConfig:
+    if network.weights in ("pretrained", "random"):
+        return network
+    return network.model_copy(update={"weights": str(find_weights(network.weights, base).resolve())})
 
 
 def _for_folder(recipe: Recipe, out: Path, copies: list[Path]) -> Recipe:

@@ -72,6 +72,13 @@ def open_mask(row: Row, code: MaskCode, size: Size, cache: bool) -> NDArray[np.u
     return _open_mask(row, code, size, cache)[0]
 
 
+def open_confidence(row: Row, size: Size) -> NDArray[np.uint8]:
+    """The row's map of confidence at the size asked for, (H, W) uint8, 255: 1. Raises InputError like `read_image`."""
+    assert row.confidence is not None, f"{row.name} has no confidence"
+    full = read_image(row.confidence, 1)[..., 0]
+    return resize_mask(full.astype(np.uint8), target_size(size, full.shape))
+
+
 def open_pair(
     row: Row, channels: int, code: MaskCode, size: Size, cache: bool, whole_mask: bool = False
 ) -> tuple[NDArray[Any], NDArray[np.uint8]]:

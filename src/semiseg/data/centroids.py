@@ -18,16 +18,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from semiseg import parallel
-from semiseg.data.cache import cache_dir, open_mask
+from semiseg.data.cache import cache_dir, open_confidence, open_mask
 from semiseg.data.rows import Rows
 from semiseg.data.splits import Data
 from semiseg.files import replacing
-from semiseg.types import InputError
+from semiseg.types import IGNORE, InputError
 
 Mask = NDArray[np.uint8]
 LEAST = 64
 """px of a class in a tile that count as presence: single stray ones are noise, in pseudo-labels above all."""
-VERSION = 1
+SURE = 0.5
+"""Confidence from which a pseudo-label's pixel counts for places."""
+VERSION = 2
 """Of how places are found: kept ones of another are found anew."""
 
 
@@ -96,7 +98,7 @@ def class_centroids(rows: Rows, data: Data, tile: tuple[int, int], least: int = 
     """The places of all classes in the masks of a pool, at the size that training works on.
 
     Found once, by the first of several processes: they are kept with the resized images, known by the masks' files, the
-    size, the tile and `least`.
+    size, the tile and `least`. Of pseudo-labels only px of a confidence of SURE count.
 
     Args:
         rows: the pool; every row has a mask.
@@ -155,9 +157,11 @@ class _Masks(Dataset[Any]):
         return len(self.rows)
 
     def __getitem__(self, i: int) -> Tensor | InputError:
-        d = self.data
+        d, row = self.data, self.rows[i]
         try:
-            mask = open_mask(self.rows[i], d.code, d.config.size, d.config.cache)
+            mask = open_mask(row, d.code, d.config.size, d.config.cache)
+            if row.confidence is not None:
+                mask[open_confidence(row, d.config.size) < 255 * SURE] = IGNORE
         except InputError as error:
             return error
         return torch.from_numpy(places(mask, len(d.classes), self.tile, self.least))
@@ -168,9 +172,10 @@ def _kept(rows: Rows, data: Data, tile: tuple[int, int], least: int) -> Path:
     key = blake2b(repr((VERSION, data.code, data.config.size, tile, least)).encode(), digest_size=16)
     for row in rows:
         assert row.mask is not None, f"{row.name} has no mask"
-        try:
-            stat = row.mask.stat()
-        except OSError as error:
-            raise InputError(f"{row.mask} cannot be read ({error.strerror}): restore it.") from error
-        key.update(repr((str(row.mask.absolute()), stat.st_mtime_ns, stat.st_size, row.plain)).encode())
+        for path in (row.mask, row.confidence) if row.confidence is not None else (row.mask,):
+            try:
+                stat = path.stat()
+            except OSError as error:
+                raise InputError(f"{path} cannot be read ({error.strerror}): restore it.") from error
+            key.update(repr((str(path.absolute()), stat.st_mtime_ns, stat.st_size, row.plain)).encode())
     return cache_dir() / "centroids" / f"{key.hexdigest()}.npz"

@@ -17,12 +17,14 @@ class Row(NamedTuple):
     """One image of a pool. `name` is its entry in the pool's image column; `mask` is None for an unlabelled image.
 
     `plain`: the mask holds class ids and IGNORE as they are, whatever the code of the data's own masks.
+    `confidence`: a map of 0..255 in the mask's size, of a pseudo-label.
     """
 
     image: Path
     mask: Path | None
     name: str
     plain: bool = False
+    confidence: Path | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,17 +32,20 @@ class Rows:
     """A pool of images, some or all with masks.
 
     root: absolute folder, or "" where the columns hold absolute paths; image (n,) and mask (n,) StringDType: paths
-    relative to root with forward slashes, mask "" for none; plain (n,) bool as in Row, none: of no row.
+    relative to root with forward slashes, mask "" for none; plain (n,) bool and confidence (n,) StringDType as in Row,
+    none: of no row.
     """
 
     root: str
     image: Strings
     mask: Strings
     plain: NDArray[np.bool_] | None = None
+    confidence: Strings | None = None
 
     def __post_init__(self) -> None:
-        assert self.image.shape == self.mask.shape and self.image.ndim == 1
-        assert self.plain is None or self.plain.shape == self.image.shape
+        assert self.image.ndim == 1
+        columns = (self.mask, self.plain, self.confidence)
+        assert all(column is None or column.shape == self.image.shape for column in columns)
 
     @classmethod
     def of(cls, root: Path | str, images: Iterable[str], masks: Iterable[str] | None = None) -> Self:
@@ -61,10 +66,12 @@ class Rows:
         if isinstance(key, (int, np.integer)):
             name, mask = self.image[key], self.mask[key]
             plain = self.plain is not None and bool(self.plain[key])
-            return Row(Path(self.root, name), Path(self.root, mask) if mask else None, name, plain)
+            sure = "" if self.confidence is None else self.confidence[key]
+            files = (Path(self.root, file) if file else None for file in (mask, sure))
+            return Row(Path(self.root, name), next(files), name, plain, next(files))
         index = np.array(key, np.intp) if isinstance(key, list) else key
-        plain_rows = None if self.plain is None else self.plain[index]
-        return type(self)(self.root, self.image[index], self.mask[index], plain_rows)
+        optional = (None if column is None else column[index] for column in (self.plain, self.confidence))
+        return type(self)(self.root, self.image[index], self.mask[index], *optional)
 
     def __iter__(self) -> Iterator[Row]:
         return (self[index] for index in range(len(self)))
@@ -74,11 +81,17 @@ class Rows:
         if self.root != other.root:
             return self._absolute() + other._absolute()
         image, mask = (np.concatenate(pair) for pair in ((self.image, other.image), (self.mask, other.mask)))
-        plain = None
-        if self.plain is not None or other.plain is not None:
-            parts = [np.zeros(len(part), np.bool_) if part.plain is None else part.plain for part in (self, other)]
-            plain = np.concatenate(parts)
-        return Rows(self.root, image, mask, plain)
+        plain = self._joined(other, self.plain, other.plain, np.bool_)
+        return Rows(
+            self.root, image, mask, plain, self._joined(other, self.confidence, other.confidence, StringDType())
+        )
+
+    def _joined(self, other: "Rows", own: NDArray[Any] | None, its: NDArray[Any] | None, kind: Any) -> Strings | None:
+        """A column that may be missing, of both pools."""
+        if own is None and its is None:
+            return None
+        columns = ((self, own), (other, its))
+        return np.concatenate([np.zeros(len(rows), kind) if some is None else some for rows, some in columns])
 
     @property
     def names(self) -> Strings:
@@ -94,14 +107,15 @@ class Rows:
         """The same images with no mask, so that none can be opened."""
         return Rows(self.root, self.image, np.zeros(len(self), StringDType()))
 
-    def with_plain_masks(self, masks: Iterable[Path]) -> "Rows":
-        """The same images with masks of plain class ids, one absolute path a row."""
+    def with_plain_masks(self, masks: Iterable[Path], confidences: Iterable[Path] | None = None) -> "Rows":
+        """The same images with masks of plain class ids, one absolute path a row, and maps of their confidence."""
         columns = [Path(self.root, p).as_posix() for p in self.image], [p.as_posix() for p in masks]
         rows = Rows.of("", *columns)
-        return Rows("", rows.image, rows.mask, np.ones(len(self), np.bool_))
+        sure = None if confidences is None else np.fromiter((p.as_posix() for p in confidences), StringDType())
+        return Rows("", rows.image, rows.mask, np.ones(len(self), np.bool_), sure)
 
     def _absolute(self) -> "Rows":
         if self.root == "":
             return self
         image, mask = ([Path(self.root, p).as_posix() if p else "" for p in c] for c in (self.image, self.mask))
-        return replace(Rows.of("", image, mask), plain=self.plain)
+        return replace(Rows.of("", image, mask), plain=self.plain, confidence=self.confidence)

@@ -158,12 +158,33 @@ class Part:
     centroids: Centroids | None = None
     share: float = 0.5
 
+    def shown(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """In how many samples of an epoch the image shows each class (C,): if all were drawn alike, and as they are.
+
+        On average, and of the classes that have a place in the image. Needs centroids.
+        """
+        found = self.centroids
+        assert found is not None
+        present = np.zeros((self.rows, len(found.counts)), dtype=np.bool_)
+        label = np.repeat(np.arange(len(found.counts)), found.counts)
+        present[found.row, label] = True
+        alike = self.items * present.mean(0)
+        kinds = np.flatnonzero(found.counts)
+        around = _per_epoch(self.share * self.items / max(1, len(kinds)))
+        beside = sum((around * present[found.row[label == c]].mean(0) for c in kinds), np.zeros(present.shape[1]))
+        return alike, (1 - around * len(kinds) / self.items) * alike + beside
+
 
 @dataclass(frozen=True, eq=False)
 class Mixture:
-    """Epochs of a pool in parts that have each their own share, as real masks and pseudo-labels have."""
+    """Epochs of a pool in parts that have each their own share, as real masks and pseudo-labels have.
+
+    Where it is `even`, the parts alternate so that each batch has these shares, off by one sample at most; which sample
+    of a part comes when stays random. Else a batch has them on average.
+    """
 
     parts: tuple[Part, ...]
+    even: bool = False
 
     @property
     def items(self) -> int:
@@ -184,6 +205,12 @@ class Mixture:
 def _epoch(mixture: Mixture, seed: int, stream: int, number: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     found = [_part(part, number, (seed, stream, i)) for i, part in enumerate(mixture.parts)]
     order = np.random.default_rng((seed, stream, number, SHUFFLE)).permutation(mixture.items)
+    if mixture.even:
+        items = [part.items for part in mixture.parts]
+        ends = np.cumsum(items)
+        inside = [order[(order >= end - n) & (order < end)] for n, end in zip(items, ends, strict=True)]
+        due = np.concatenate([(np.arange(n) + 0.5) / n for n in items])
+        order = np.concatenate(inside)[np.argsort(due, kind="stable")]
     row, at = (np.concatenate(columns)[order] for columns in zip(*found, strict=True))
     return row, at
 
@@ -208,7 +235,12 @@ def _part(part: Part, number: int, key: tuple[int, ...]) -> tuple[NDArray[np.int
 
 def _turns(epochs: int, quota: float, offset: float) -> int:
     """How many crops a class has had after so many epochs: whole ones in each, or now and then one."""
-    return epochs * int(quota) if quota >= 1 else int(epochs * quota + offset)
+    return int(epochs * _per_epoch(quota) + (0 if quota >= 1 else offset))
+
+
+def _per_epoch(quota: float) -> float:
+    """Crops of a class in an epoch, on average: a whole number, or less than one."""
+    return float(int(quota)) if quota >= 1 else quota
 
 
 def _slice(count: int, start: int, length: int, key: tuple[int, ...]) -> NDArray[np.int64]:

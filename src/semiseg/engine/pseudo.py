@@ -76,7 +76,8 @@ def pseudo_label(
         parallel.wait()
     told = Report(**json.loads(report.read_text(encoding="utf-8")))
     good = [i for i, job in enumerate(jobs) if str(job.source) not in told.failed]
-    return rows[good].with_plain_masks(jobs[i].mask.absolute() for i in good), told
+    labels, sure = ([_file(folder, kind, i).absolute() for i in good] for kind in ("labels", "confidence"))
+    return rows[good].with_plain_masks(labels, sure), told
 
 
 @dataclass(frozen=True)

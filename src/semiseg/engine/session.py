@@ -32,7 +32,7 @@ from semiseg.engine.log import Log, peak_memory
 from semiseg.engine.memory import memory_errors, smaller
 from semiseg.engine.pseudo import Report, pseudo_label
 from semiseg.engine.schedule import scheduled
-from semiseg.files import replacing
+from semiseg.files import replacing, write_json
 from semiseg.types import Clock, InferenceConfig, InputError, Interrupted, TrainConfig
 
 
@@ -140,6 +140,8 @@ class Session:
     """The stages that were trained, or found finished, in their order; all stages of a run share the list."""
     labelled: list[Report] = field(default_factory=list, kw_only=True)
     """Likewise, how labelling went."""
+    said: list[str] = field(default_factory=list, kw_only=True)
+    """Likewise, what `say` has told the user."""
 
     def stage(self, name: str) -> "Session":
         """A stage of its own: another folder, the same options."""
@@ -166,6 +168,18 @@ class Session:
             total.skipped = report.failed | total.skipped
         return total
 
+    def say(self, lines: Iterable[str]) -> None:
+        """Tells the user what this stage starts from: once, and not where it goes on, as it is no news then."""
+        if parallel.rank() == 0 and not (self.weights / checkpoint.LAST).exists():
+            for line in lines:
+                if line not in self.said:
+                    self._print(line)
+                    self.said.append(line)
+
+    @staticmethod
+    def _print(line: str) -> None:
+        Console().print(line, markup=False, highlight=False, soft_wrap=True)
+
     def _progress(self) -> Progress:
         state = checkpoint.load(self.weights)
         return Progress(**state["progress"]) if state else Progress()
@@ -178,7 +192,7 @@ class Session:
         self.labelled.append(report)
         if parallel.rank() == 0:
             for remark in report.remarks(least):
-                Console().print(remark, markup=False, highlight=False, soft_wrap=True)
+                self._print(remark)
         return labelled
 
     def train(self, method: Trainable, data: Data, streams: Mapping[str, Stream] | None = None) -> nn.Module:
@@ -200,6 +214,7 @@ class Session:
         if start == total and not progress.lacks(start, evaluations):
             checkpoint.load_weights(self.delivered, method.predictor())
             return method.predictor()
+        self._tell_shown(streams, data)
         kept = {share: max(1, round(total * share)) for share in c.keep}
         rank, world = parallel.rank(), parallel.world()
         with Log(self.folder, total, start, rank == 0) as log, _Signals() as signals, memory_errors(smaller(c)):
@@ -267,6 +282,25 @@ class Session:
             log.curves()
         checkpoint.load_weights(self.delivered, method.predictor())
         return method.predictor()
+
+    def _tell_shown(self, streams: Mapping[str, Stream], data: Data) -> None:
+        """Writes sampling.json: how many samples of an epoch show each class, drawn alike and around places."""
+        mixtures = [stream.mixture for stream in streams.values() if stream.mixture is not None]
+        parts = [part for mixture in mixtures for part in mixture.parts if part.centroids is not None]
+        path = self.folder / "sampling.json"
+        if not parts or parallel.rank() > 0 or path.exists():
+            return
+        samples = sum(part.items for part in parts)
+        alike, drawn = np.sum([part.shown() for part in parts], axis=0)
+        places = np.sum([part.centroids.counts for part in parts if part.centroids is not None], axis=0)
+        table = {
+            name: {"places": int(n), "alike": float(a), "drawn": float(d)}
+            for name, n, a, d in zip(data.classes, places, alike, drawn, strict=True)
+        }
+        write_json(path, {"samples": samples, "classes": table})
+        rarest = sorted((name for name in table if table[name]["places"]), key=lambda name: table[name]["alike"])
+        told = (f"{name} {table[name]['alike']:.1f} -> {table[name]['drawn']:.1f}" for name in rarest[:3])
+        self._print(f"of the {samples} crops of an epoch are of images with {', '.join(told)} (without -> with places)")
 
     def _restore(self, method: Trainable) -> tuple[int, Progress]:
         """Puts the checkpoint's state into the method; the step to go on with, and the progress so far."""

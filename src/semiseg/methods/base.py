@@ -1,7 +1,7 @@
 """What a method is: the contract between an algorithm and the engine that runs it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import ClassVar, Protocol
 
 import torch
@@ -23,6 +23,7 @@ class Session(Protocol):
     @property
     def inference(self) -> InferenceConfig: ...
     def stage(self, name: str) -> "Session": ...
+    def say(self, lines: Iterable[str]) -> None: ...
     def train(self, method: "StepMethod", data: Data, streams: Mapping[str, Stream] | None = None) -> nn.Module: ...
     def pseudo_label(
         self, net: nn.Module, rows: Rows, data: Data, inference: InferenceConfig, least: float = 0.0

@@ -24,7 +24,7 @@ from semiseg.data.splits import Data
 from semiseg.methods.base import Method, Session
 from semiseg.methods.labelled import LossConfig
 from semiseg.methods.supervised import Supervised
-from semiseg.networks.factory import Build
+from semiseg.networks.factory import Build, NetworkConfig
 from semiseg.types import InferenceConfig, InputError, Options, Portion, Side
 
 SALT = 1_000_003
@@ -38,12 +38,16 @@ class SelfTraining(Method):
         """Options of `method: {name: selftraining}`."""
 
         loss: LossConfig = LossConfig()
+        teacher_network: NetworkConfig | None = None
+        """The first teacher's, by the options of `network`; none: the same as the students', which `network` has."""
         rounds: Annotated[int, Field(ge=1)] = 1
         """Students; each is the teacher of the next."""
         least: Portion = 0.0
         """Confidence of the teacher below which a pixel gets no label; the paper keeps all."""
         ratio: Annotated[float, Field(gt=0, le=1000)] | None = None
         """Pseudo-labelled samples for each real one in a student's epochs; none: as many as there are images."""
+        per_batch: bool = False
+        """Every batch has this ratio, as near as whole images come, instead of an epoch."""
         centred: Portion = 0.5
         """Share of the crops that are drawn around a place of a class, every class alike."""
         tile: tuple[Side, Side] | None = None
@@ -66,15 +70,17 @@ class SelfTraining(Method):
             raise InputError(
                 "The method labels unlabelled images, and there is none: change data.unlabelled or method."
             )
-        net = self._train(session.stage("teacher"), data, data.labelled, 0, salt=0)
+        teacher = self.build if c.teacher_network is None else replace(self.build, config=c.teacher_network)
+        net = self._train(session.stage("teacher"), teacher, data, data.labelled, 0)
         for number in range(1, c.rounds + 1):
             stage = session.stage(f"round-{number}")
             inference = InferenceConfig(window=session.inference.window, flip=c.flip, scales=c.scales)
             pseudo = stage.pseudo_label(net, data.unlabelled, data, inference, c.least)
-            net = self._train(stage, data, data.labelled + pseudo, len(pseudo), salt=number)
+            build = replace(self.build, seed=self.build.seed + SALT * number)
+            net = self._train(stage, build, data, data.labelled + pseudo, len(pseudo))
         return net
 
-    def _train(self, session: Session, data: Data, rows: Rows, pseudo: int, salt: int) -> nn.Module:
+    def _train(self, session: Session, build: Build, data: Data, rows: Rows, pseudo: int) -> nn.Module:
         """A network from rows of which the last `pseudo` have pseudo-labels."""
         train, real = session.config, len(rows) - pseudo
         ratio = self.config.ratio
@@ -82,9 +88,10 @@ class SelfTraining(Method):
         if pseudo:
             items = pseudo if ratio is None else max(1, round(ratio * real))
             parts.append(self._part(session, data, rows, real, pseudo, items))
-        stream = Stream(rows, (Phase(train.crop, train.batch),), mixture=Mixture(tuple(parts)))
-        build = replace(self.build, seed=self.build.seed + SALT * salt) if salt else self.build
+        mixture = Mixture(tuple(parts), self.config.per_batch)
+        stream = Stream(rows, (Phase(train.crop, train.batch),), mixture=mixture)
         method = Supervised(Supervised.Config(loss=self.config.loss), build).to(build.device)
+        session.say(build.report)
         return session.train(method, data, {"labelled": stream})
 
     def _part(self, session: Session, data: Data, rows: Rows, first: int, count: int, items: int) -> Part:
