@@ -33,6 +33,7 @@ MOVES: Mapping[str, Mapping[str, Sequence[Move]]] = {
     "selftraining": {
         "teacher_network": (Move({"name": "fpn", "encoder": "test_resnet", "weights": "random"}),),
         "least": (Move(0.6),),
+        "top": (Move(2),),
         "ratio": (Move(1.0),),
         "tile": (Move([8, 8]),),
         "least_pixels": (Move(300),),

@@ -52,6 +52,9 @@ def assert_same(one: Item, other: Item) -> None:
         assert type(batch) is type(other.batches[name])
         for field in fields(batch):
             a, b = getattr(batch, field.name), getattr(other.batches[name], field.name)
+            assert (a is None) == (b is None)
+            if a is None:
+                continue
             assert a.dtype == b.dtype
             np.testing.assert_array_equal(a, b, err_msg=f"{name}.{field.name}")
 

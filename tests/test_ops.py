@@ -88,6 +88,42 @@ def test_cross_entropy_with_class_weights() -> None:
     assert share.total.item() == pytest.approx(-sum(float(weight[k]) * math.log(q) for k, q in pixels), rel=1e-12)
 
 
+def test_soft_cross_entropy_by_hand() -> None:
+    """Two pixels, two of three classes: q = (.8, .2) and, of the sum that was kept, (.75, .25); and one ignored."""
+    p = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.6, 0.3], [0.2, 0.2, 0.6]], dtype=torch.float64)
+    logits = p.log().T.view(1, 3, 1, 3)
+    mask = torch.tensor([0, 2, IGNORE], dtype=torch.uint8).view(1, 1, 3)
+    soft = torch.tensor([[204, 150, 255], [51, 50, 0], [1, 0, 255]], dtype=torch.uint8).view(1, 3, 1, 3)
+    share = losses.soft_cross_entropy(logits, mask, soft)
+    first = -(0.8 * math.log(0.5) + 0.2 * math.log(0.3))
+    second = -(0.75 * math.log(0.3) + 0.25 * math.log(0.1))
+    assert share.total.item() == pytest.approx(first + second)
+    assert share.count.item() == 2
+    weighted = losses.soft_cross_entropy(logits, mask, soft, torch.tensor([2.0, 1.0, 0.5]))
+    assert weighted.total.item() == pytest.approx(2 * first + 0.5 * second)
+    assert weighted.count.item() == 2.5
+
+
+@pytest.mark.parametrize("weight", [None, torch.tensor([2.0, 1.0, 0.5])])
+def test_soft_cross_entropy_of_certain_labels_is_cross_entropy(weight: Tensor | None) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(2, 3, 5, 4, requires_grad=True)
+    mask = torch.randint(0, 3, (2, 5, 4), dtype=torch.uint8)
+    mask[0, 0] = IGNORE
+    soft = torch.zeros(2, 5, 5, 4, dtype=torch.uint8)
+    soft[:, 0] = 255
+    soft[0, :, 0] = IGNORE
+    a, b = losses.soft_cross_entropy(logits, mask, soft, weight), losses.cross_entropy(logits, mask, weight)
+    assert torch.allclose(a.total, b.total)
+    assert torch.equal(a.count, b.count)
+    grads = [torch.autograd.grad(share.total, logits)[0] for share in (a, b)]
+    assert torch.allclose(*grads, atol=1e-6)
+    assert not grads[0][0, :, 0].any()
+    nothing = losses.soft_cross_entropy(logits, torch.full_like(mask, IGNORE), soft, weight)
+    assert nothing.total.item() == nothing.count.item() == 0
+    assert nothing.total.requires_grad
+
+
 @pytest.mark.parametrize(("min_kept", "expected"), [(1, 1.1513), (3, 0.8419), (5, 0.6443)])
 def test_ohem_by_hand(min_kept: int, expected: float) -> None:
     true = torch.tensor([0.2, 0.5, 0.8, 0.95, 0.01])

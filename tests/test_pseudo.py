@@ -13,13 +13,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from semiseg import parallel, testing
-from semiseg.data.cache import open_confidence, open_mask
+from semiseg.data.cache import open_confidence, open_image, open_mask, open_soft
 from semiseg.data.formats import MaskCode, read_mask
 from semiseg.data.loader import Steps
 from semiseg.data.rows import Rows
 from semiseg.data.sampling import Phase, Stream, Timetable
 from semiseg.data.splits import Data
 from semiseg.engine import pseudo
+from semiseg.engine.evaluate import probabilities, to_tensor
 from semiseg.engine.predict import Job, Predictor, predict_files
 from semiseg.engine.pseudo import pseudo_label
 from semiseg.types import IGNORE, InferenceConfig, InputError, Labelled
@@ -245,4 +246,54 @@ def test_two_classes_of_which_a_label_shows_one(tmp_path: Path) -> None:
 def test_the_card_says_what_labels_depend_on(net: Net, data: Data, tmp_path: Path) -> None:
     label(net, data, tmp_path)
     card = json.loads((tmp_path / "labels.json").read_text())
-    assert card.keys() == {"teacher", "images", "classes", "size", "inference", "least"}
+    assert card.keys() == {"teacher", "images", "classes", "size", "inference", "least", "top"}
+
+
+def test_soft_labels_have_the_probabilities_of_the_best_classes(net: Net, data: Data, tmp_path: Path) -> None:
+    """Written, read and cropped like the mask, with the class where its probability is; a real mask is certain."""
+    hard, _ = label(net, data, tmp_path / "hard")
+    rows, _ = pseudo_label(net, data.unlabelled, data, tmp_path / "soft", PLAIN, CPU, top=3)
+    probs = probabilities(net.eval(), to_tensor(open_image(rows[2], 3, None, cache=False)), PLAIN)[0].double()
+    mask = open_mask(rows[2], data.code, None, cache=False)
+    soft = open_soft(rows[2], None, 3)
+    assert hard[2].mask is not None
+    assert np.array_equal(mask, read_mask(hard[2].mask, MaskCode(3)))
+    assert soft.shape == (5, *mask.shape)
+    order = probs.argsort(0, descending=True).numpy()
+    assert np.array_equal(np.concatenate([mask[None], soft[3:]]), order)
+    assert np.abs(soft[:3] - 255 * np.take_along_axis(probs.numpy(), order, 0)).max() < 0.51
+    assert np.array_equal(open_confidence(rows[2], None), soft[0])
+
+    both, phase = data.labelled + rows, Phase((32, 32), 12)
+    config = data.config.model_copy(update={"scale": (0.5, 2.0)})
+    timetable = Timetable((phase,), 12)
+    items = [
+        Steps({"labelled": Stream(both, (phase,), top=top)}, timetable, replace(data, config=config), 0)[0]
+        for top in (1, 3)
+    ]
+    one, three = (item.batches["labelled"] for item in items if not isinstance(item, InputError))
+    assert isinstance(one, Labelled)
+    assert isinstance(three, Labelled)
+    assert three.soft is not None
+    assert one.soft is None
+    assert torch.equal(one.mask, three.mask)
+    assert torch.equal(one.image, three.image)
+    real = three.row < 4
+    there = three.valid[real][:, None].expand(-1, 5, -1, -1)
+    certain = torch.tensor([255, 0, 0, 0, 0], dtype=torch.uint8).view(1, 5, 1, 1).expand(there.shape)
+    assert torch.equal(three.soft[real][there], certain[there])
+    pseudo = three.valid & ~real[:, None, None]
+    ids = torch.cat([three.mask[:, None], three.soft[:, 3:]], 1).movedim(1, -1)[pseudo]
+    assert torch.equal(ids.sort(1).values, torch.arange(3, dtype=torch.uint8).expand(len(ids), 3))
+
+
+def test_soft_labels_are_made_again_where_one_file_is_missing(net: Net, data: Data, tmp_path: Path) -> None:
+    rows, _ = pseudo_label(net, data.unlabelled, data, tmp_path, PLAIN, CPU, top=2)
+    before = files(tmp_path)
+    rows[3].soft.unlink()
+    (tmp_path / "report.json").unlink()
+    pseudo_label(net, data.unlabelled, data, tmp_path, PLAIN, CPU, top=2)
+    after = files(tmp_path)
+    assert before.pop("report.json")
+    assert after.pop("report.json")
+    assert before == after

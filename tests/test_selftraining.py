@@ -46,7 +46,7 @@ class Noted(Session):
         return method.predictor()
 
     def pseudo_label(
-        self, net: nn.Module, rows: Rows, data: Data, inference: InferenceConfig, least: float = 0.0
+        self, net: nn.Module, rows: Rows, data: Data, inference: InferenceConfig, least: float = 0.0, top: int = 1
     ) -> Rows:
         taught.append((self.folder.name, net, inference, least))
         return rows.with_plain_masks(data.labelled[i % len(data.labelled)].mask or Path() for i in range(len(rows)))
@@ -106,6 +106,14 @@ def test_a_teacher_with_another_network(case: testing.Case, tmp_path: Path) -> N
     kinds = [type(getattr(method.predictor(), "decoder", None)).__name__ for _, method, _ in notes]
     assert kinds[0] == "UnetDecoder"
     assert kinds[1] == kinds[2] != "UnetDecoder"
+
+
+def test_soft_labels(case: testing.Case) -> None:
+    """As many classes as there are at most; the teacher's stage has masks alone."""
+    fitted(case, top=9)
+    assert [stream.top for _, _, stream in notes] == [1, 3]
+    with pytest.raises(InputError, match=r"top needs loss\.kind: ce or ce\+dice"):
+        case.with_options({"top": 2, "loss": {"kind": "ohem"}}).recipe()
 
 
 def test_a_ratio_a_batch(case: testing.Case) -> None:

@@ -84,7 +84,8 @@ class _Batch:
     """Moves all tensors of a dataclass at once; a DataLoader silently leaves one without `pin_memory` unpinned."""
 
     def _map(self, change) -> Self:  # type: ignore[no-untyped-def]
-        return replace(self, **{f.name: change(getattr(self, f.name)) for f in fields(self)})  # type: ignore[type-var, arg-type]
+        values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        return replace(self, **{n: value if value is None else change(value) for n, value in values.items()})  # type: ignore[type-var]
 
     def pin_memory(self) -> Self:
         return self._map(lambda t: t.pin_memory())
@@ -98,13 +99,16 @@ class Labelled(_Batch):
     """One batch of images with masks.
 
     image (B, N, H, W) uint8 or uint16, the file's depth; mask (B, H, W) uint8 class ids or IGNORE;
-    valid (B, H, W) bool, False in padding; row (B,) int64, the row in the stream's pool.
+    valid (B, H, W) bool, False in padding; row (B,) int64, the row in the stream's pool; soft (B, 2k - 1, H, W) uint8,
+    where the stream asks for k > 1 classes a pixel: the probabilities of k classes, 255 for 1, of which the mask has
+    the first, and the ids of the others.
     """
 
     image: Tensor
     mask: Tensor
     valid: Tensor
     row: Tensor
+    soft: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -75,8 +75,19 @@ def open_mask(row: Row, code: MaskCode, size: Size, cache: bool) -> NDArray[np.u
 def open_confidence(row: Row, size: Size) -> NDArray[np.uint8]:
     """The row's map of confidence at the size asked for, (H, W) uint8, 255: 1. Raises InputError like `read_image`."""
     assert row.confidence is not None, f"{row.name} has no confidence"
-    full = read_image(row.confidence, 1)[..., 0]
-    return resize_mask(full.astype(np.uint8), target_size(size, full.shape))
+    full = read_image(row.confidence, 1)[..., 0].astype(np.uint8)
+    return resize_mask(full, target_size(size, (full.shape[0], full.shape[1])))
+
+
+def open_soft(row: Row, size: Size, top: int) -> NDArray[np.uint8]:
+    """A soft pseudo-label without its mask at the size asked for, (2 * top - 1, H, W) uint8, as in types.Labelled.
+
+    Raises InputError like `read_image`.
+    """
+    first = open_confidence(row, size)
+    others = read_image(row.soft, 1)[..., 0].astype(np.uint8)
+    planes = others.reshape(2 * top - 2, -1, others.shape[1])
+    return np.stack([first, *(resize_mask(np.ascontiguousarray(plane), first.shape) for plane in planes)])
 
 
 def open_pair(

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from semiseg import parallel
-from semiseg.data.cache import open_image, open_mask, open_pair
+from semiseg.data.cache import open_image, open_mask, open_pair, open_soft
 from semiseg.data.rows import Row
 from semiseg.data.sampling import Draw, Stream, Timetable, draws
 from semiseg.data.splits import Data
@@ -65,10 +65,15 @@ class Steps(Dataset["Item | InputError"]):
         for number, key, (y, x) in zip(draw.rows, draw.keys, draw.centres.tolist(), strict=True):
             row = stream.rows[int(number)]
             image, mask = self._open_pair(row) if stream.images else self._open_mask(row)
+            if stream.top > 1:
+                mask = torch.cat([mask[None], self._open_soft(row, mask, stream.top)])
             centre = (y, x) if y >= 0 else None
             samples.append(self._crop(image, mask, draw, np.random.default_rng(key), centre))
         images, masks, valid = zip(*samples, strict=True)
-        return Labelled(_stack(images), torch.stack(masks), torch.stack(valid), torch.from_numpy(draw.rows))
+        mask, soft = torch.stack(masks), None
+        if stream.top > 1:
+            mask, soft = mask[:, 0], mask[:, 1:]
+        return Labelled(_stack(images), mask, torch.stack(valid), torch.from_numpy(draw.rows), soft)
 
     def _unlabelled(self, stream: Stream, draw: Draw, skipped: dict[str, str]) -> Unlabelled:
         samples, tables, rows = [], [], []
@@ -113,6 +118,13 @@ class Steps(Dataset["Item | InputError"]):
         config = self.data.config
         mask = torch.from_numpy(open_mask(row, self.data.code, config.size, config.cache))
         return torch.zeros((0, *mask.shape), dtype=torch.uint8), mask
+
+    def _open_soft(self, row: Row, mask: Tensor, top: int) -> Tensor:
+        if row.confidence is not None:
+            return torch.from_numpy(open_soft(row, self.data.config.size, top))
+        sure = mask.new_zeros((2 * top - 1, *mask.shape))
+        sure[0] = 255
+        return sure
 
     def _crop(
         self,

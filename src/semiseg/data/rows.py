@@ -26,6 +26,13 @@ class Row(NamedTuple):
     plain: bool = False
     confidence: Path | None = None
 
+    @property
+    def soft(self) -> Path:
+        """The file of a soft pseudo-label's less probable classes: in a folder beside that of the confidence."""
+        assert self.confidence is not None, f"{self.name} has no pseudo-label"
+        shard = self.confidence.parent
+        return shard.parents[1] / "soft" / shard.name / self.confidence.name
+
 
 @dataclass(frozen=True, eq=False)
 class Rows:

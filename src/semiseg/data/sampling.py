@@ -42,7 +42,8 @@ class Stream:
     """What a method asks for: a pool of rows, the phases, and the number of strong views a sample.
 
     Without `images` only masks are opened, and the batch's images have no channel. With a `mixture` an
-    epoch is made of parts of the pool, and crops may be drawn around places; without, it has every row once.
+    epoch is made of parts of the pool, and crops may be drawn around places; without, it has every row once. Pseudo-
+    labels have the `top` most probable classes of each pixel, a real mask its class.
     """
 
     rows: Rows
@@ -50,6 +51,7 @@ class Stream:
     strong: int = 0
     images: bool = True
     mixture: "Mixture | None" = None
+    top: int = 1
 
     @property
     def epoch(self) -> int:

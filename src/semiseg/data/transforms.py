@@ -27,7 +27,7 @@ def geometry(
 
     Args:
         image: (N, H, W) uint8 or uint16.
-        mask: (H, W) uint8, or none.
+        mask: (H, W) or (M, H, W) uint8, or none.
         crop: (height, width) of the result in px.
         scale: range of the factor on the image, drawn uniformly.
         flip: mirror half of the samples.
@@ -35,7 +35,7 @@ def geometry(
         centre: (y, x) in px of the image, a pixel that is to be in the crop.
 
     Returns:
-        image (N, height, width) in the same depth, mask (height, width) uint8, valid (height, width) bool.
+        image (N, height, width) in the same depth, mask (height, width) uint8, or as many, valid (height, width) bool.
     """
     factor, at_y, at_x, mirrored = rng.uniform(*scale), rng.random(), rng.random(), flip and rng.random() < 0.5
     y, x = centre or (None, None)
@@ -44,14 +44,15 @@ def geometry(
 
     crop_image = image.new_zeros((len(image), *crop))
     crop_image[:, :out_h, :out_w] = _resize(image[:, top : top + cut_h, left : left + cut_w], (out_h, out_w))
-    crop_mask = torch.full(crop, IGNORE, dtype=torch.uint8)
+    crop_mask = torch.full(crop if mask is None else (*mask.shape[:-2], *crop), IGNORE, dtype=torch.uint8)
     if mask is not None:
-        part = mask[None, None, top : top + cut_h, left : left + cut_w]
-        crop_mask[:out_h, :out_w] = F.interpolate(part, (out_h, out_w), mode="nearest-exact")[0, 0]
+        part = mask[..., top : top + cut_h, left : left + cut_w].reshape(1, -1, cut_h, cut_w)
+        resized = F.interpolate(part, (out_h, out_w), mode="nearest-exact")
+        crop_mask[..., :out_h, :out_w] = resized.view(*mask.shape[:-2], out_h, out_w)
     valid = torch.zeros(crop, dtype=torch.bool)
     valid[:out_h, :out_w] = True
     if mirrored:
-        crop_image, crop_mask, valid = crop_image.flip(2), crop_mask.flip(1), valid.flip(1)
+        crop_image, crop_mask, valid = crop_image.flip(2), crop_mask.flip(-1), valid.flip(1)
     return crop_image, crop_mask, valid
 
 

@@ -29,6 +29,9 @@ class Prediction:
 
     mask: Image8
     confidence: NDArray[np.float32]
+    soft: Image8 | None = None
+    """(2k - 2, H, W), where the predictor keeps k classes a pixel: the probabilities of those behind the first, 255 for
+    1, then their ids."""
 
 
 @dataclass(frozen=True)
@@ -42,14 +45,21 @@ class Predictor:
     size: int | tuple[int, int] | None
     inference: InferenceConfig
     device: torch.device
+    top: int = 1
+    """Classes a pixel that are kept."""
 
     def __call__(self, image: NDArray[np.generic]) -> Prediction:
         """Predicts one image (H, W, N) uint8 or uint16."""
         height, width = image.shape[:2]
         small = resize_image(image, target_size(self.size, (height, width)))
         probs = resize(probabilities(self.net, to_tensor(small).to(self.device), self.inference), (height, width))
-        confidence, label = probs[0].max(0)
-        return Prediction(label.to(torch.uint8).cpu().numpy(), confidence.float().cpu().numpy())
+        if self.top == 1:
+            confidence, label = probs[0].max(0)
+            return Prediction(label.to(torch.uint8).cpu().numpy(), confidence.float().cpu().numpy())
+        values, labels = probs[0].topk(self.top, dim=0)
+        ids = labels.to(torch.uint8)
+        soft = torch.cat([(values[1:] * 255).round().to(torch.uint8), ids[1:]])
+        return Prediction(ids[0].cpu().numpy(), values[0].float().cpu().numpy(), soft.cpu().numpy())
 
 
 def find_images(paths: Iterable[Path]) -> list[tuple[Path, Path]]:
@@ -118,15 +128,18 @@ def predict_files(
 
 @dataclass(frozen=True)
 class Job:
-    """An image, and the files that its results get: mask, and where wanted confidence (0..255) and overlay."""
+    """An image, and the files that its results get: mask, and where wanted confidence (0..255), overlay, and `soft`,
+    the planes of Prediction.soft one below the other."""
 
     source: Path
     mask: Path
     confidence: Path | None = None
     overlay: Path | None = None
+    soft: Path | None = None
 
     def done(self) -> bool:
-        return all(path.exists() for path in (self.mask, self.confidence, self.overlay) if path is not None)
+        files = (self.mask, self.confidence, self.overlay, self.soft)
+        return all(path.exists() for path in files if path is not None)
 
 
 def run_jobs(
@@ -159,6 +172,8 @@ def run_jobs(
         # The mask last: where it is, the others are.
         if job.overlay is not None:
             _save(Image.fromarray(blend(image, prediction.mask, predictor.palette)), job.overlay)
+        if job.soft is not None and prediction.soft is not None:
+            _save(Image.fromarray(prediction.soft.reshape(-1, prediction.soft.shape[2])), job.soft)
         if job.confidence is not None:
             _save(Image.fromarray((prediction.confidence * 255).round().astype(np.uint8)), job.confidence)
         mask = np.where(prediction.confidence < least, np.uint8(IGNORE), prediction.mask) if least else prediction.mask

@@ -38,6 +38,7 @@ def pseudo_label(
     inference: InferenceConfig,
     device: torch.device,
     least: float = 0.0,
+    top: int = 1,
 ) -> tuple[Rows, "Report"]:
     """Writes a label and a confidence map for each row below `folder`, or goes on with what is there.
 
@@ -49,6 +50,7 @@ def pseudo_label(
         inference: window, mirror images and scales of the teacher.
         device: where the teacher is.
         least: confidence below which a pixel is IGNORE, 0..1.
+        top: the most probable classes of each pixel that are kept, at most all of them.
 
     Returns:
         the rows with their labels as masks, without those whose image could not be read; and how it went.
@@ -56,13 +58,21 @@ def pseudo_label(
     Raises:
         InputError: the folder holds labels of another teacher, of other images or by other options.
     """
-    _claim(folder, _fingerprint(net, rows, data, inference, least))
-    jobs = [Job(row.image, _file(folder, "labels", i), _file(folder, "confidence", i)) for i, row in enumerate(rows)]
+    _claim(folder, _fingerprint(net, rows, data, inference, least, top))
+    jobs = [
+        Job(
+            row.image,
+            _file(folder, "labels", i),
+            _file(folder, "confidence", i),
+            soft=_file(folder, "soft", i) if top > 1 else None,
+        )
+        for i, row in enumerate(rows)
+    ]
     report = folder / REPORT
     if not report.exists():
         began = time.perf_counter()
         sizes = data.config.channels, data.config.size
-        predictor = Predictor(net, data.classes, data.palette, *sizes, inference, device)
+        predictor = Predictor(net, data.classes, data.palette, *sizes, inference, device, top)
         modes = [(module, module.training) for module in net.modules()]
         net.eval()
         failed = run_jobs(predictor, jobs, least, "labelling")
@@ -100,7 +110,9 @@ def _file(folder: Path, kind: str, number: int) -> Path:
     return folder / kind / f"{number // SHARD:04d}" / f"{number:07d}.png"
 
 
-def _fingerprint(net: nn.Module, rows: Rows, data: Data, inference: InferenceConfig, least: float) -> dict[str, Any]:
+def _fingerprint(
+    net: nn.Module, rows: Rows, data: Data, inference: InferenceConfig, least: float, top: int
+) -> dict[str, Any]:
     """What labels depend on."""
     weights = hashlib.sha256()
     for name, tensor in net.state_dict().items():
@@ -114,6 +126,7 @@ def _fingerprint(net: nn.Module, rows: Rows, data: Data, inference: InferenceCon
         "size": list(data.config.size) if isinstance(data.config.size, tuple) else data.config.size,
         "inference": json.loads(inference.model_dump_json()),
         "least": least,
+        "top": top,
     }
 
 

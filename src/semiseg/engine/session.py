@@ -185,10 +185,10 @@ class Session:
         return Progress(**state["progress"]) if state else Progress()
 
     def pseudo_label(
-        self, net: nn.Module, rows: Rows, data: Data, inference: InferenceConfig, least: float = 0.0
+        self, net: nn.Module, rows: Rows, data: Data, inference: InferenceConfig, least: float = 0.0, top: int = 1
     ) -> Rows:
         """The rows with labels of a network as masks, written to the stage's folder; see `engine.pseudo`."""
-        labelled, report = pseudo_label(net, rows, data, self.folder / "pseudo", inference, self.device, least)
+        labelled, report = pseudo_label(net, rows, data, self.folder / "pseudo", inference, self.device, least, top)
         self.labelled.append(report)
         if parallel.rank() == 0:
             for remark in report.remarks(least):

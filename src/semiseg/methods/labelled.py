@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from semiseg.networks.factory import Build
-from semiseg.ops.losses import class_weights, cross_entropy, dice, ohem
+from semiseg.ops.losses import class_weights, cross_entropy, dice, ohem, soft_cross_entropy
 from semiseg.types import Options, Share
 
 
@@ -42,12 +42,17 @@ class LabelledLoss(nn.Module):
             weight = class_weights(build.class_pixels())
         self.register_buffer("weight", weight)
 
-    def forward(self, logits: Tensor, mask: Tensor, weight: float = 1.0) -> list[tuple[float, Share]]:
-        """Terms for logits (B, C, H, W) and mask (B, H, W), each times `weight`."""
+    def forward(
+        self, logits: Tensor, mask: Tensor, weight: float = 1.0, soft: Tensor | None = None
+    ) -> list[tuple[float, Share]]:
+        """Terms for logits (B, C, H, W) and mask (B, H, W), each times `weight`; `soft` as in types.Labelled."""
         c = self.config
         if c.kind == "ohem":
             return [(weight, ohem(logits, mask, c.ohem_threshold, c.ohem_kept))]
-        terms = [(weight, cross_entropy(logits, mask, self.weight))]
+        if soft is None:
+            terms = [(weight, cross_entropy(logits, mask, self.weight))]
+        else:
+            terms = [(weight, soft_cross_entropy(logits, mask, soft, self.weight))]
         if c.kind == "ce+dice":
             terms.append((weight * c.dice_weight, dice(logits, mask)))
         return terms

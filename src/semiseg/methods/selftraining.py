@@ -12,9 +12,9 @@ What stays per process where there are several: batch norm's statistics on CPUs;
 """
 
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from semiseg.data.centroids import class_centroids
@@ -44,6 +44,8 @@ class SelfTraining(Method):
         """Students; each is the teacher of the next."""
         least: Portion = 0.0
         """Confidence of the teacher below which a pixel gets no label; the paper keeps all."""
+        top: Annotated[int, Field(ge=1)] = 1
+        """Classes of a pixel that its label keeps with their probabilities; 1: hard labels, as in the paper."""
         ratio: Annotated[float, Field(gt=0, le=1000)] | None = None
         """Pseudo-labelled samples for each real one in a student's epochs; none: as many as there are images."""
         per_batch: bool = False
@@ -58,6 +60,12 @@ class SelfTraining(Method):
         """The teacher labels the mirrored image too, and the mean counts."""
         scales: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (1.0,)
         """And the image resized by these factors."""
+
+        @model_validator(mode="after")
+        def _consistent(self) -> Self:
+            if self.top > 1 and self.loss.kind == "ohem":
+                raise ValueError("top needs loss.kind: ce or ce+dice, for ohem has no form for soft labels")
+            return self
 
     paper = "Zhu et al., 2020"
 
@@ -75,7 +83,7 @@ class SelfTraining(Method):
         for number in range(1, c.rounds + 1):
             stage = session.stage(f"round-{number}")
             inference = InferenceConfig(window=session.inference.window, flip=c.flip, scales=c.scales)
-            pseudo = stage.pseudo_label(net, data.unlabelled, data, inference, c.least)
+            pseudo = stage.pseudo_label(net, data.unlabelled, data, inference, c.least, self._top(data))
             build = replace(self.build, seed=self.build.seed + SALT * number)
             net = self._train(stage, build, data, data.labelled + pseudo, len(pseudo))
         return net
@@ -89,10 +97,14 @@ class SelfTraining(Method):
             items = pseudo if ratio is None else max(1, round(ratio * real))
             parts.append(self._part(session, data, rows, real, pseudo, items))
         mixture = Mixture(tuple(parts), self.config.per_batch)
-        stream = Stream(rows, (Phase(train.crop, train.batch),), mixture=mixture)
+        top = self._top(data) if pseudo else 1
+        stream = Stream(rows, (Phase(train.crop, train.batch),), mixture=mixture, top=top)
         method = Supervised(Supervised.Config(loss=self.config.loss), build).to(build.device)
         session.say(build.report)
         return session.train(method, data, {"labelled": stream})
+
+    def _top(self, data: Data) -> int:
+        return min(self.config.top, len(data.classes))
 
     def _part(self, session: Session, data: Data, rows: Rows, first: int, count: int, items: int) -> Part:
         c, train = self.config, session.config

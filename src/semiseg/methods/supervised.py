@@ -36,7 +36,7 @@ class Supervised(StepMethod):
 
     def step(self, clock: Clock, labelled: Labelled) -> dict[str, Tensor]:  # type: ignore[override]
         logits = self.student(labelled.image)
-        values = self.update("student", *self.loss(logits, labelled.mask))
+        values = self.update("student", *self.loss(logits, labelled.mask, soft=labelled.soft))
         return {"loss": values[0]}
 
     def predictor(self) -> nn.Module:

@@ -25,6 +25,23 @@ def cross_entropy(logits: Tensor, mask: Tensor, weight: Tensor | None = None) ->
     return Share((_nats(logits, target) * shares).sum(), shares.sum())
 
 
+def soft_cross_entropy(logits: Tensor, mask: Tensor, soft: Tensor, weight: Tensor | None = None) -> Share:
+    """Cross-entropy -sum_c q_c ln p_c with k classes a pixel, over the pixels that are not IGNORE, in nats.
+
+    logits (B, C, H, W); mask (B, H, W) uint8, the first of the classes; soft (B, 2k - 1, H, W) uint8: k probabilities,
+    255 for 1, then the ids of the others. q is divided by the sum of the k. weight (C,): of the first class, as above.
+    """
+    k = (soft.shape[1] + 1) // 2
+    valid = mask != IGNORE
+    first = mask.long().masked_fill(~valid, 0)
+    probs = _wide(logits).log_softmax(1)
+    ids = torch.cat([first[:, None], soft[:, k:].long().clamp(max=logits.shape[1] - 1)], 1)
+    q = soft[:, :k].to(probs.dtype)
+    nats = -(q * probs.gather(1, ids)).sum(1) / q.sum(1).clamp(min=1)
+    shares = valid.to(probs.dtype) if weight is None else weight.to(probs.dtype)[first] * valid
+    return Share((nats * shares).sum(), shares.sum())
+
+
 def ohem(logits: Tensor, mask: Tensor, threshold: float = 0.7, min_kept: int = 100_000) -> Share:
     """Cross-entropy over the hard pixels only, in nats (online hard example mining; Shrivastava et al. 2016).
 
