@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from semiseg.engine import evaluate
 from semiseg.methods import FixMatch
+from semiseg.networks.weights import save_model
 from semiseg.types import Clock
 
 Command = Callable[..., Any]
@@ -211,7 +212,7 @@ def test_damaged_unlabelled_image_is_passed_over(semiseg: Command, recipe: Path,
         ("data.unlabelled=none", "learns from unlabelled images too, and there is none: change data.unlabelled"),
         ("network.mean=[1,2]", "network.mean has 2 numbers, but images have 3 channels: give 1 or 3."),
         ("network.weights=nowhere", "network.weights: nowhere is not there (looked for in "),
-        ("network.weights=scenes", "scenes is a folder; name a .safetensors file."),
+        ("network.weights=scenes", "scenes is a folder without a model: name a run, or a .safetensors file."),
         ("method.name=my.py:Mine", "my.py does not exist: correct the path before the colon."),
     ],
 )
@@ -335,6 +336,49 @@ def test_weights_of_torch(refused: Command, tmp_path: Path, content: object, exp
     path = tmp_path / "w.pth"
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
     assert expected in refused("network.weights=w.pth")
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, "other is a folder without a model: name a run, or a .safetensors file."),
+        (
+            {"recipe.yaml": ""},
+            "other holds a run that is not finished: the same `semiseg train` command goes on with it.",
+        ),
+        ({"model/model.json": "{"}, "other/model/model.json is damaged ("),
+        ({"model.json": "{}"}, "other/model.safetensors cannot be read as safetensors ("),
+    ],
+    ids=["empty", "unfinished", "damaged", "half"],
+)
+def test_another_run(refused: Command, tmp_path: Path, files: dict[str, str], expected: str) -> None:
+    (tmp_path / "other" / "model").mkdir(parents=True)
+    for name, text in files.items():
+        (tmp_path / "other" / name).write_text(text)
+    if "model/model.json" not in files:
+        (tmp_path / "other" / "model").rmdir()
+    assert expected in refused("network.weights=other")
+
+
+@pytest.mark.parametrize(
+    ("network", "channels", "expected"),
+    [
+        (
+            {"name": "unet"},
+            3,
+            "other has network.name=unet, this recipe network.name=fpn: make the network that one, or name another ",
+        ),
+        ({}, 1, "other is for images of 1 channels, but data.channels is 3: name a run on images like yours."),
+        ({}, 3, "other holds another network (normalise.mean, normalise.std, "),
+    ],
+)
+def test_another_run_of_another_network(
+    refused: Command, tmp_path: Path, network: dict[str, Any], channels: int, expected: str
+) -> None:
+    known = {"name": "fpn", "encoder": "test_resnet", "options": {}, "encoder_options": {}}
+    card = {"network": known | network, "classes": ["a", "b"], "channels": channels}
+    save_model(tmp_path / "other" / "model", {"a.b": torch.zeros(3)}, card)
+    assert expected in refused("network.weights=other")
 
 
 # ---- memory ------------------------------------------------------------------------------------------------------

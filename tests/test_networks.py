@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import pickle
+import re
 import socket
 import time
 import warnings
@@ -22,9 +23,10 @@ from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from semiseg.methods import METHODS, StepMethod
 from semiseg.networks import deeplabv2, factory
 from semiseg.networks.critic import Critic
-from semiseg.networks.factory import Build, NetworkConfig, OptimConfig, load_object
+from semiseg.networks.factory import Build, NetworkConfig, OptimConfig, find_weights, load_object
 from semiseg.networks.heads import Head, Projected
 from semiseg.networks.net import SegNet, Wrapped, _SameConv2d
 from semiseg.networks.weights import load_tensors, read_model, read_weights, save_model
@@ -367,7 +369,7 @@ def test_wrong_files_of_weights(tmp_path: Path) -> None:
         "other.safetensors": r"other.safetensors: none of its 1 tensors \(a\) fits the encoder; set network.encoder",
         "text.safetensors": r"text.safetensors cannot be read as safetensors",
         "absent.safetensors": r"network.weights: absent.safetensors is not there \(looked for in .*correct the path",
-        "folder": r"network.weights: .*folder is a folder; name a .safetensors file.",
+        "folder": r"network.weights: .*folder is a folder without a model: name a run, or a .safetensors file.",
         "module.pth": r"module\.pth" + linear,
         "old.pth": r"old\.pth" + linear,
         "armed.pth": r"armed\.pth holds (posix|nt)\.mkdir, but only tensors are opened",
@@ -805,6 +807,208 @@ def test_wrong_options_of_deeplabv2(options: dict[str, Any], reason: str) -> Non
         build(**NARROW | options).network()
 
 
+# ---- another run -----------------------------------------------------------------------------------------------------
+
+NAMES = ("sky", "tree", "road", "car", "wall")
+STARTED: dict[str, dict[str, Any]] = {
+    **{name: {"name": name} for name in ("deeplabv3plus", *DECODERS)},
+    "deeplabv2": NARROW,
+    "released": NARROW | {"options": {"released": True}},
+}
+
+
+def named(names: tuple[str, ...], base: Path | None = None, channels: int = 3, seed: int = 0, **options: Any) -> Build:
+    config = NetworkConfig(**(TINY | options))
+    return Build(len(names), channels, config, OptimConfig(), seed=seed, base=base, names=names)
+
+
+def trained(run: Path, **options: Any) -> SegNet | Wrapped:
+    """A network of NAMES, every tensor of it moved, and its model as a run writes it."""
+    made = named(NAMES, run.parent, seed=5, **options)
+    net, draw = made.network().eval(), torch.Generator().manual_seed(1)
+    for tensor in net.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.add_(0.1 * torch.rand(tensor.shape, generator=draw))
+    card = {"network": made.config.model_dump(mode="json"), "classes": list(NAMES), "channels": made.channels}
+    save_model(run / "model", net.state_dict(), card)
+    return net
+
+
+def started(made: Build) -> SegNet:
+    net = made.network()
+    assert isinstance(net, SegNet)
+    return net.eval()
+
+
+@pytest.mark.parametrize("name", STARTED)
+def test_a_run_with_the_same_classes_is_taken_whole(tmp_path: Path, name: str) -> None:
+    other = trained(tmp_path / "run", **STARTED[name])
+    for weights in ("run", "run/model"):
+        made = named(NAMES, tmp_path, **STARTED[name] | {"weights": weights})
+        assert same(started(made), other)
+        assert made.report[:2] == [
+            f"{tmp_path / weights}: the whole network loaded",
+            "  classes with the same name: sky, tree, road, car, wall",
+        ]
+        assert len(made.report) == 4
+
+
+@pytest.mark.parametrize("name", STARTED)
+def test_classes_in_another_order_are_logits_in_another_order(tmp_path: Path, name: str) -> None:
+    other, image, order = trained(tmp_path / "run", **STARTED[name]), images(2, 3, 48, 40), [3, 0, 4, 2, 1]
+    shuffled = tuple(NAMES[i] for i in order)
+    net = started(named(shuffled, tmp_path, **STARTED[name] | {"weights": "run"}))
+    with torch.no_grad():
+        logits = net(image)
+        torch.testing.assert_close(logits, other(image)[:, order])
+    assert not torch.allclose(logits, logits[:, order]), "as many classes, but no two alike"
+
+
+@pytest.mark.parametrize("name", STARTED)
+def test_classes_are_matched_by_their_names(tmp_path: Path, name: str) -> None:
+    """Of road, bus, Sky and tree two have a row; the others start as they would without that run."""
+    other, image = trained(tmp_path / "run", **STARTED[name]), images(2, 3, 48, 40)
+    here = ("road", "bus", "Sky", "tree")
+    made = named(here, tmp_path, seed=3, **STARTED[name] | {"weights": "run"})
+    net, random = started(made), started(named(here, seed=3, **STARTED[name]))
+    with torch.no_grad():
+        torch.testing.assert_close(net(image)[:, [0, 3]], other(image)[:, [2, 1]])
+    pairs = zip(net.head.state_dict().values(), random.head.state_dict().values(), strict=True)
+    assert all(torch.equal(a[[1, 2]], b[[1, 2]]) for a, b in pairs)
+    assert made.report[1:4] == [
+        "  classes with the same name: road, tree",
+        "  new classes, whose rows of the last layer are left random: bus, Sky",
+        "  classes of that run that are not used: sky, car, wall",
+    ]
+    assert all(p.requires_grad == q.requires_grad for p, q in zip(net.parameters(), random.parameters(), strict=True))
+
+
+def test_rows_by_hand(tmp_path: Path) -> None:
+    """Where the row of class i holds the number i, a new network's rows tell where they come from."""
+    other = trained(tmp_path / "run", name="fpn")
+    assert isinstance(other, SegNet)
+    with torch.no_grad():
+        for tensor in other.head.state_dict().values():
+            tensor.copy_(torch.arange(5).view(5, *[1] * (tensor.ndim - 1)).expand_as(tensor))
+    save_model(tmp_path / "run" / "model", other.state_dict(), read_model(tmp_path / "run" / "model")[1])
+    net = started(named(("wall", "lake", "tree"), tmp_path, name="fpn", weights="run"))
+    weight, bias = net.head.get_parameter("weight"), net.head.get_parameter("bias")
+    assert [weight[row].unique().tolist() for row in (0, 2)] == [[4.0], [1.0]]
+    assert bias.tolist() == [4.0, 0.0, 1.0], "smp's own biases are zero"
+    assert weight[1].std() > 0
+
+
+def test_no_class_with_the_same_name(tmp_path: Path) -> None:
+    other = trained(tmp_path / "run", name="fpn")
+    made = named(("a", "b"), tmp_path, name="fpn", weights="run")
+    net, random = started(made), started(named(("a", "b"), name="fpn"))
+    assert isinstance(other, SegNet)
+    assert same(net.encoder, other.encoder)
+    assert same(net.decoder, other.decoder)
+    assert same(net.head, random.head)
+    assert made.report[1:4] == [
+        "  no class has the same name",
+        "  new classes, whose rows of the last layer are left random: a, b",
+        "  classes of that run that are not used: sky, tree, road, car, wall",
+    ]
+
+
+def test_what_every_method_delivers_starts_from_the_run(tmp_path: Path) -> None:
+    other = trained(tmp_path / "run", name="fpn")
+    kinds: list[Any] = [kind for kind in METHODS.values() if issubclass(kind, StepMethod)]
+    for kind in kinds:
+        method = kind(kind.Config(), named(NAMES, tmp_path, name="fpn", weights="run"))
+        assert same(method.predictor(), other), kind
+        parts = dict(method.named_children())
+        assert "teacher" not in parts or same(parts["teacher"], parts["student"]), kind
+
+
+def test_mean_and_spread_of_a_run(tmp_path: Path) -> None:
+    trained(tmp_path / "run", name="fpn", mean=0.5, std=(0.1, 0.2, 0.3))
+    moved = read_model(tmp_path / "run" / "model")[0]
+    made = named(NAMES, tmp_path, name="fpn", weights="run")
+    net = started(made)
+    assert torch.equal(net.normalise.mean, moved["normalise.mean"])
+    assert torch.equal(net.normalise.std, moved["normalise.std"])
+    said = {
+        name: ", ".join(f"{n:.4g}" for n in moved[f"normalise.{name}"].flatten().tolist()) for name in ("mean", "std")
+    }
+    assert made.report[-2:] == [f"  {name} of images: {numbers}, of that run" for name, numbers in said.items()]
+    made = named(NAMES, tmp_path, name="fpn", weights="run", mean=0.25)
+    net = started(made)
+    assert net.normalise.mean.flatten().tolist() == [0.25] * 3
+    assert torch.equal(net.normalise.std, moved["normalise.std"])
+    assert made.report[-2:] == [
+        "  mean of images: 0.25, 0.25, 0.25, from network.mean",
+        f"  std of images: {said['std']}, of that run",
+    ]
+
+
+def test_the_tag_of_an_encoder_and_how_it_learned_make_no_other_network(tmp_path: Path) -> None:
+    other = trained(tmp_path / "run", name="fpn", encoder="test_resnet.r160_in1k", checkpointing=True)
+    assert same(started(named(NAMES, tmp_path, name="fpn", weights="run", frozen_norm="all")), other)
+
+
+@pytest.mark.parametrize(
+    ("changed", "difference"),
+    [
+        ({"name": "unet", "options": {}}, "network.name=fpn, this recipe network.name=unet"),
+        ({"encoder": "test_convnext"}, "network.encoder=test_resnet, this recipe network.encoder=test_convnext"),
+        (
+            {"options": {"decoder_dropout": 0.2}},
+            "network.options.decoder_dropout=0.1, this recipe network.options.decoder_dropout=0.2",
+        ),
+        (
+            {"options": {"decoder_dropout": 0.1, "decoder_merge_policy": "cat"}},
+            "no network.options.decoder_merge_policy, this recipe network.options.decoder_merge_policy=cat",
+        ),
+        (
+            {"encoder_options": {}},
+            "network.encoder_options.drop_path_rate=0.1, this recipe no network.encoder_options.drop_path_rate",
+        ),
+    ],
+)
+def test_a_run_of_another_network(tmp_path: Path, changed: dict[str, Any], difference: str) -> None:
+    known = {"name": "fpn", "options": {"decoder_dropout": 0.1}, "encoder_options": {"drop_path_rate": 0.1}}
+    other = trained(tmp_path / "run", **known)
+    assert same(started(named(NAMES, tmp_path, **known, weights="run")), other)
+    with pytest.raises(InputError) as refused:
+        named(NAMES, tmp_path, **known | changed, weights="run").network()
+    run = tmp_path / "run"
+    then = "make the network that one, or name another run."
+    assert str(refused.value) == f"network.weights: {run} has {difference}: {then}"
+
+
+def test_a_run_on_other_images_or_of_other_tensors(tmp_path: Path) -> None:
+    trained(tmp_path / "run", name="fpn")
+    with pytest.raises(
+        InputError, match=r"run is for images of 3 channels, but data\.channels is 4: name a run on images"
+    ):
+        named(NAMES, tmp_path, channels=4, name="fpn", weights="run").network()
+    tensors, card = read_model(tmp_path / "run" / "model")
+    save_model(tmp_path / "run" / "model", {k: v for k, v in tensors.items() if k != "head.bias"}, card)
+    with pytest.raises(InputError, match=r"run holds another network \(head\.bias differ\): name a run of this one"):
+        named(NAMES, tmp_path, name="fpn", weights="run").network()
+
+
+def test_where_a_run_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places = [tmp_path / name for name in ("beside", "working", "shared")]
+    for place in places:
+        (place / "run" / "model").mkdir(parents=True)
+        (place / "run" / "model" / "model.json").touch()
+    monkeypatch.chdir(places[1])
+    monkeypatch.setenv("SEMISEG_DATA", str(places[2]))
+    for place in places:
+        assert find_weights("run", places[0]) == place / "run"
+        (place / "run" / "model" / "model.json").unlink()
+        (place / "run" / "model").rmdir()
+        (place / "run").rmdir()
+    looked = " and ".join(map(str, places))
+    with pytest.raises(InputError, match=re.escape(f"run is not there (looked for in {looked}); correct")):
+        find_weights("run", places[0])
+    assert find_weights("run", places[0], begun=str(places[1] / "run")) == places[1] / "run", "what is gone since"
+
+
 # ---- heads -----------------------------------------------------------------------------------------------------------
 
 VIEWED: dict[str, dict[str, Any]] = {
@@ -1174,8 +1378,28 @@ def test_wrong_classes_of_ones_own(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"network\.name: own.py:Small is one piece, and the method needs encode"):
         build(base=tmp_path, name="own.py:Small").projected(8)
     assert build(base=tmp_path, name="own.py:parts").projected(8).stride == 4
-    with pytest.raises(InputError, match=r"own.py:Small loads its own weights"):
+    (tmp_path / "w.safetensors").touch()
+    with pytest.raises(InputError, match=r"own.py:Small loads its own weights: name a run of it, or leave the option"):
         build(base=tmp_path, name="own.py:Small", weights="w.safetensors").network()
+
+
+def test_a_class_of_ones_own_from_a_run_of_it(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(OWN)
+    small: dict[str, Any] = {"name": "own.py:Small", "options": {"width": 6}}
+    other = trained(tmp_path / "run", **small)
+    made = named(NAMES, tmp_path, **small, weights="run")
+    assert same(made.network(), other)
+    assert made.report[0] == f"{tmp_path / 'run'}: the whole network loaded"
+    with pytest.raises(
+        InputError, match=r"run has other classes, and nothing tells the last layer of a network of your"
+    ):
+        named(NAMES[::-1], tmp_path, **small, weights="run").network()
+    with pytest.raises(InputError, match=r"has network\.options\.width=6, this recipe no network\.options\.width"):
+        named(NAMES, tmp_path, name="own.py:Small", weights="run").network()
+    parts = trained(tmp_path / "parts", name="own.py:parts")
+    assert isinstance(parts, SegNet)
+    reversed_ = started(named(NAMES[::-1], tmp_path, name="own.py:parts", weights="parts"))
+    assert torch.equal(reversed_.head.get_parameter("weight"), parts.head.get_parameter("weight").flip(0))
 
 
 def test_load_object(tmp_path: Path) -> None:

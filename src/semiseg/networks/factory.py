@@ -13,7 +13,7 @@ import re
 import sys
 import threading
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -33,7 +33,7 @@ from semiseg.networks import deeplabv2
 from semiseg.networks.critic import Critic, Kind
 from semiseg.networks.heads import Head, Projected
 from semiseg.networks.net import FrozenNorm, SegNet, Wrapped
-from semiseg.networks.weights import load_tensors, read_weights
+from semiseg.networks.weights import CARD, load_network, load_tensors, model_folder, read_model, read_weights
 from semiseg.types import InputError, Options, nearest
 
 _DECODERS = {
@@ -66,13 +66,15 @@ class NetworkConfig(Options):
     encoder: str = "resnet50"
     """Any encoder of timm, with or without the tag of its weights."""
     weights: str = "pretrained"
-    """pretrained (timm's download, else random and said so), random, or a file (.safetensors, .pth) in timm's names."""
+    """pretrained (timm's download, else random and said so), random, a file (.safetensors, .pth) in timm's names, or
+    another run's folder: the whole network is taken, the last layer's rows for classes of the same name."""
     encoder_options: dict[str, Any] = {}
     """Handed to timm's encoder."""
     options: dict[str, Any] = {}
     """Handed to the decoder, or to your own class."""
     mean: float | tuple[float, ...] | None = None
-    """Of images in 0..1, one number or one a channel; none: the encoder's own, averaged where channels are not 3."""
+    """Of images in 0..1, one number or one a channel; none: the encoder's own, averaged where channels are not 3, or
+    those of the run that `weights` names."""
     std: Positive | tuple[Positive, ...] | None = None
     """Like `mean`."""
     frozen_norm: FrozenNorm = "none"
@@ -113,7 +115,7 @@ class Build:
     channels_last      memory layout of the convolutions
     base               folder of the recipe: relative files are looked for there first
     class_pixels       counts (C,) the pixels of each class in the labelled masks, for those who ask
-    names              of the classes, where they are known: for logs
+    names              of the classes, where they are known: for logs, and to start from a run with other ones
     report             lines for the user, as on where the initial weights came from; somebody must show them
     """
 
@@ -237,19 +239,28 @@ class Build:
         from segmentation_models_pytorch.base import SegmentationModel
 
         config = self.config
-        if config.weights not in ("pretrained", "random"):
-            raise InputError(f"network.weights: {config.name} loads its own weights, so leave network.weights out.")
+        path = None if config.weights in ("pretrained", "random") else find_weights(config.weights, self.base)
+        if path is not None and path.is_file():
+            raise InputError(
+                f"network.weights: {config.name} loads its own weights: name a run of it, or leave the option out."
+            )
         make = load_object(config.name, self.base)
         model = make(channels=self.channels, classes=self.classes, **config.options)
         if not isinstance(model, nn.Module):
             raise InputError(f"network.name: {config.name} must make a torch.nn.Module, not {type(model).__name__}.")
-        self._say(f"{config.name} starts from the weights that it makes itself")
-        if isinstance(model, SegNet | Wrapped):
-            return model
         mean, std = self._statistics((0.0,), (1.0,))
-        if isinstance(model, SegmentationModel):
-            return SegNet(model, self.classes, mean, std, self.precision, config.checkpointing, config.frozen_norm)
-        return Wrapped(model, self.classes, mean, std, self.precision)
+        net: SegNet | Wrapped
+        if isinstance(model, SegNet | Wrapped):
+            net = model
+        elif isinstance(model, SegmentationModel):
+            net = SegNet(model, self.classes, mean, std, self.precision, config.checkpointing, config.frozen_norm)
+        else:
+            net = Wrapped(model, self.classes, mean, std, self.precision)
+        if path is None:
+            self._say(f"{config.name} starts from the weights that it makes itself")
+        else:
+            self._load_run(net, path)
+        return net
 
     def _statistics(
         self, mean: tuple[float, ...], std: tuple[float, ...]
@@ -261,12 +272,15 @@ class Build:
         )
 
     def _load(self, net: SegNet) -> None:
-        """Loads initial weights into the encoder, and says in `report` what came of it."""
+        """Loads initial weights, and says in `report` what came of it."""
         config = self.config
         if config.weights == "random":
             self._say("network.weights is random: training starts from random weights")
         elif config.weights != "pretrained":
             path = find_weights(config.weights, self.base)
+            if path.is_dir():
+                self._load_run(net, path)
+                return
             head = deeplabv2.head_names(net.head) if config.name == "deeplabv2" else {}
             self._say(*load_tensors(net.encoder, read_weights(path), str(path), head).lines())
         elif isinstance(self._pretrained, str):
@@ -276,6 +290,33 @@ class Build:
             )
         else:
             self._say(*load_tensors(net.encoder, self._pretrained, f"timm's {config.encoder}").lines())
+
+    def _load_run(self, net: SegNet | Wrapped, path: Path) -> None:
+        """Loads the network of the run in `path`, and says in `report` what came of it."""
+        tensors, card = read_model(model_folder(path))
+        ours, theirs = _architecture(self.config.model_dump(mode="json")), _architecture(card["network"])
+        for option in (*theirs, *ours):
+            if ours.get(option) != theirs.get(option):
+                there, here = (
+                    f"network.{option}={o[option]}" if option in o else f"no network.{option}" for o in (theirs, ours)
+                )
+                raise InputError(
+                    f"network.weights: {path} has {there}, this recipe {here}: "
+                    "make the network that one, or name another run."
+                )
+        if card["channels"] != self.channels:
+            raise InputError(
+                f"network.weights: {path} is for images of {card['channels']} channels, but data.channels is "
+                f"{self.channels}: name a run on images like yours."
+            )
+        assert len(self.names) == self.classes, "classes are matched by their names"
+        given = {"normalise.mean": self.config.mean, "normalise.std": self.config.std}
+        tensors |= {place: net.get_buffer(place) for place, value in given.items() if value is not None}
+        self._say(*load_network(net, tensors, str(path), card["classes"], self.names))
+        for place, value in given.items():
+            numbers = ", ".join(f"{number:.4g}" for number in net.get_buffer(place).flatten().tolist())
+            name = place.rpartition(".")[2]
+            self._say(f"  {name} of images: {numbers}, {'of that run' if value is None else f'from network.{name}'}")
 
     @cached_property
     def _pretrained(self) -> dict[str, Tensor] | str:
@@ -331,6 +372,16 @@ def _create(config: NetworkConfig, classes: int, channels: int) -> nn.Module:
             raise InputError(f"network.encoder_options: {config.encoder} has no {unknown[1]}; remove it.") from error
         raise InputError(f"network: {config.name} cannot be built on {config.encoder} ({_reason(error)}).") from error
     return model
+
+
+def _architecture(network: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the options of a network, in plain values, that say which one it is; the tag of an encoder does not."""
+    own = ":" in network["name"]
+    chosen = {"name": network["name"].rpartition("/")[2] if own else network["name"]}
+    chosen |= {} if own else {"encoder": network["encoder"].partition(".")[0]}
+    for group in ("options", "encoder_options"):
+        chosen |= {f"{group}.{name}": value for name, value in network[group].items()}
+    return chosen
 
 
 def _reason(error: Exception) -> str:
@@ -399,14 +450,29 @@ def _probe(address: str) -> None:
         raise ConnectionError(f"{address} cannot be reached") from errors[0]
 
 
-def find_weights(text: str, base: Path | None) -> Path:
-    """What `network.weights` names: absolute, beside the recipe or in the working folder, or in $SEMISEG_DATA."""
-    places = [base or Path.cwd()]
-    if shared := os.environ.get("SEMISEG_DATA"):
-        places.append(Path(shared))
-    for path in (place / Path(text).expanduser() for place in places):
-        if path.is_dir():
-            raise InputError(f"network.weights: {path} is a folder; name a .safetensors file.")
+def find_weights(text: str, base: Path | None, begun: str | None = None) -> Path:
+    """The file or the run that `network.weights` names: absolute, or in one of the places that are searched.
+
+    Args:
+        text: the option.
+        base: the recipe's folder, searched first; then the working folder and $SEMISEG_DATA.
+        begun: the absolute path that a run began with, if it goes on: taken also where nothing is left there.
+
+    Raises:
+        InputError: nothing is there, or a folder without a model.
+    """
+    shared = os.environ.get("SEMISEG_DATA")
+    folders = (base or Path.cwd(), Path.cwd(), *([Path(shared)] if shared else []))
+    places = list(dict.fromkeys(folder.absolute() for folder in folders))
+    paths = [place / Path(text).expanduser() for place in places]
+    for path in paths:
+        if begun == str(path.resolve()):
+            return path
+    for path in paths:
+        if path.is_dir() and not (model_folder(path) / CARD).is_file():
+            raise InputError(
+                f"network.weights: {path} is a folder without a model: name a run, or a .safetensors file."
+            )
         if path.exists():
             return path
     searched = " and ".join(map(str, places))

@@ -1,12 +1,14 @@
 """Reading and writing weights: encoders in timm's names, and models in a folder of two files.
 
+A model may start from another one, also with other classes: those of the same name keep their rows of the last layer.
+
 No file of weights can run code: safetensors, and of torch's own format what holds tensors alone.
 """
 
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,6 +138,62 @@ def load_tensors(
     )
 
 
+def load_network(
+    net: nn.Module, tensors: Mapping[str, Tensor], source: str, theirs: Sequence[str], ours: Sequence[str]
+) -> list[str]:
+    """Loads a whole network of another run; where the classes differ, its last layer row by row.
+
+    A class has the row of the class that has exactly its name there. Rows of other classes stay as they are.
+
+    Args:
+        net: in parts, its classifier `head`; or in one piece, if the classes are the same.
+        tensors: of the other run's network, by the names of `net.state_dict()`.
+        source: where they come from, for the report.
+        theirs: names of the classes there, in the order of their ids.
+        ours: names of the classes of `net`.
+
+    Returns:
+        what became of them: lines for people.
+
+    Raises:
+        InputError: the tensors are those of another network, or there is no telling which are the last layer.
+    """
+    own = net.state_dict()
+    theirs, ours = list(theirs), list(ours)
+    # All that a head has is a row a class: one convolution, or several whose answers are added.
+    last = {name for name in own if name.startswith("head.")} if theirs != ours else set()
+    if theirs != ours and not (last and all(own[name].shape[:1] == (len(ours),) for name in last)):
+        raise InputError(
+            f"network.weights: {source} has other classes, and nothing tells the last layer of a network of your own: "
+            "name a run with the same classes in the same order."
+        )
+    shapes = {name: (len(theirs), *t.shape[1:]) if name in last else tuple(t.shape) for name, t in own.items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if shapes != found:
+        wrong = [name for name in {**shapes, **found} if shapes.get(name) != found.get(name)]
+        raise InputError(
+            f"network.weights: {source} holds another network ({some(wrong)} differ): "
+            "name a run of this one, or change the options of network."
+        )
+    matched = [name for name in ours if name in theirs]
+    here, there = (torch.tensor([names.index(name) for name in matched], dtype=torch.long) for names in (ours, theirs))
+    with torch.no_grad():
+        for name, tensor in own.items():
+            if name in last:
+                tensor.index_copy_(0, here, tensors[name][there])
+            else:
+                tensor.copy_(tensors[name])
+    lines = [f"{source}: the whole network loaded"]
+    kinds = {
+        "classes with the same name": matched,
+        "new classes, whose rows of the last layer are left random": [name for name in ours if name not in theirs],
+        "classes of that run that are not used": [name for name in theirs if name not in ours],
+    }
+    if not matched:
+        lines.append("  no class has the same name")
+    return lines + [f"  {kind}: {some(names, 20)}" for kind, names in kinds.items() if names]
+
+
 def _place(name: str, own: dict[str, Tensor]) -> str | None:
     """Where timm's feature extractor keeps the tensor `name`: some join its first two parts, some wrap the network."""
     if name in own:
@@ -168,6 +226,18 @@ def save_model(folder: Path, state: dict[str, Tensor], card: dict[str, Any]) -> 
     with replacing(folder / WEIGHTS) as part:
         save_file(plain, part, metadata={"format": "pt"})
     write_json(folder / CARD, card)
+
+
+def model_folder(path: Path) -> Path:
+    """The folder of a run's model, or `path` itself, which may be one.
+
+    Raises:
+        InputError: the run has none yet.
+    """
+    folder = path / "model" if (path / "model").is_dir() else path
+    if folder == path and (path / "recipe.yaml").exists():
+        raise InputError(f"{path} holds a run that is not finished: the same `semiseg train` command goes on with it.")
+    return folder
 
 
 def read_model(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
