@@ -25,8 +25,8 @@ from semiseg import api, cli, methods
 from semiseg.config import Recipe
 from semiseg.engine import session
 from semiseg.files import LOCK, sweep
-from semiseg.methods import FixMatch
-from semiseg.types import InputError, Options
+from semiseg.methods import FixMatch, Supervised
+from semiseg.types import Clock, InputError, Options
 
 Command = Callable[..., Any]
 """The fixture `semiseg` of conftest.py."""
@@ -503,6 +503,44 @@ def test_a_stopped_run_ends_with_the_same_weights(
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="how far a process has come is read from /proc")
+@pytest.mark.parametrize("method", ["fixmatch", "selftraining"])
+def test_a_run_that_starts_from_another(
+    semiseg: Command, recipe: Path, scenes: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """It says what it took. Begun, it needs the other run no more, unless a later stage starts there too."""
+    names = api.data_of(recipe).classes
+    here = [*names[1:], "whatever"]
+    assert semiseg("train", recipe, "-o", "first", "train.steps=2").code == 0
+    words = ("train", recipe, f"method={method}", "network.weights=first", f"data.classes={json.dumps(here)}", "-o")
+    step = Supervised.step if method == "selftraining" else FixMatch.step
+
+    def stopped(trained: Any, clock: Clock, **batches: Any) -> dict[str, torch.Tensor]:
+        if clock.step == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return step(trained, clock, **batches)
+
+    whole = semiseg(*words, "whole")
+    assert whole.code == 0, whole.err
+    if method == "fixmatch":
+        assert "first: the whole network loaded" in whole.out
+        assert f"  classes with the same name: {', '.join(names[1:])}\n" in whole.out
+        assert "  new classes, whose rows of the last layer are left random: whatever\n" in whole.out
+        assert f"  classes of that run that are not used: {names[0]}\n" in whole.out
+    with monkeypatch.context() as patch:
+        patch.setattr(Supervised if method == "selftraining" else FixMatch, "step", stopped)
+        assert semiseg(*words, "run").code == 143
+    shutil.rmtree("first")
+    again = semiseg(*words, "run")
+    if method == "selftraining":
+        assert "first is not there" in again.sentence
+    else:
+        assert "going on at step 5 of 12" in again.out
+        same_outcome(Path("run"), Path("whole"))
+    assert "holds this run, finished" in semiseg(*words, "whole").out
+    assert "network.weights: first is not there (looked for in " in semiseg(*words, "third").sentence
+    assert semiseg("evaluate", "whole").code == 0
+
+
 def test_ctrl_c_while_it_starts(home: Path, tmp_path: Path) -> None:
     process = start("train", home / "recipe.yaml", "-o", "run", cwd=tmp_path)
     wait_until(lambda: "libtorch" in Path(f"/proc/{process.pid}/maps").read_text(), process)

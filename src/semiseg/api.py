@@ -34,7 +34,7 @@ from semiseg.engine.predict import Prediction, Predictor, predict_files
 from semiseg.engine.session import Session
 from semiseg.files import LOCK, alone, replacing, sweep, write_json, write_text
 from semiseg.networks.factory import Build, NetworkConfig, OptimConfig, code_file, find_weights
-from semiseg.networks.weights import read_model, save_model
+from semiseg.networks.weights import model_folder, read_model, save_model
 from semiseg.plan import plan, undivided
 from semiseg.types import InferenceConfig, InputError, Labelled, Options, nearest
 
@@ -181,7 +181,7 @@ def _text(value: object) -> str:
 
 def run(recipe: Recipe, out: Path, base: Path | None = None) -> Model:
     """Runs a recipe in the folder `out`; see `train`."""
-    recipe, copies = _resolve(recipe, base)
+    recipe, copies = _resolve(recipe, base, out)
     recipe = _for_folder(recipe, out, copies)
     if (out / "results.json").exists():
         print(f"{out} holds this run, finished.")
@@ -211,8 +211,9 @@ def _run(recipe: Recipe, out: Path, base: Path | None, copies: list[Path]) -> No
     parallel.start(device)
     parallel.wait()  # all have looked at the folder by now: from here on process 0 may write
     torch.set_num_threads(recipe.train.threads)
-    build = build_of(recipe, data, device, base)
-    method = methods.find(recipe.method.name, base)(recipe.method.options, build)
+    kind = methods.find(recipe.method.name, base)
+    build = build_of(_without_weights(recipe) if _restored(kind, out) else recipe, data, device, base)
+    method = kind(recipe.method.options, build)
     if isinstance(method, nn.Module):
         method.to(device)
 
@@ -241,6 +242,18 @@ def _run(recipe: Recipe, out: Path, base: Path | None, copies: list[Path]) -> No
     write_json(out / "results.json", results)  # the last file: where it is, the run is finished
 
 
+def _restored(kind: type[methods.Method], out: Path) -> bool:
+    """Whether everything that the method makes at once is about to come from the run's checkpoint.
+
+    Then it does not matter what has become of `network.weights` since. Later stages need it.
+    """
+    return kind.fit is methods.StepMethod.fit and (out / "checkpoints" / checkpoint.LAST).exists()
+
+
+def _without_weights(recipe: Recipe) -> Recipe:
+    return recipe.model_copy(update={"network": recipe.network.model_copy(update={"weights": "random"})})
+
+
 def _opening(recipe: Recipe, data: Data, device: torch.device) -> str:
     pools = {"labelled": data.labelled, "unlabelled": data.unlabelled, "val": data.val, "test": data.test}
     images = ", ".join(f"{len(rows)} {name}" for name, rows in pools.items())
@@ -251,11 +264,16 @@ def _opening(recipe: Recipe, data: Data, device: torch.device) -> str:
     return f"{recipe.method.name}, {network}, {recipe.train.steps} steps on {where}; images: {images}"
 
 
-def _resolve(recipe: Recipe, base: Path | None) -> tuple[Recipe, list[Path]]:
+def _resolve(recipe: Recipe, base: Path | None, out: Path) -> tuple[Recipe, list[Path]]:
     """Relative paths made absolute; the second value are the user's own code files, of which the run keeps a copy."""
+    stored = out / "recipe.yaml"
+    begun = load_recipe(stored) if stored.exists() else None
     options = recipe.method.options
-    others = {name: _found(value, base) for name, value in options if isinstance(value, NetworkConfig)}
-    network = _found(recipe.network, base)
+    before = dict(begun.method.options) if begun else {}
+    others = {
+        name: _found(value, base, before.get(name)) for name, value in options if isinstance(value, NetworkConfig)
+    }
+    network = _found(recipe.network, base, begun.network if begun else None)
     names = [recipe.method.name, *(some.name for some in (network, *others.values()))]
     places = [name.rpartition(":")[0] for name in names]
     method = recipe.method.model_copy(update={"options": options.model_copy(update=others)})
@@ -263,10 +281,12 @@ def _resolve(recipe: Recipe, base: Path | None) -> tuple[Recipe, list[Path]]:
     return recipe.model_copy(update=changed), [code_file(place, base) for place in places if place.endswith(".py")]
 
 
-def _found(network: NetworkConfig, base: Path | None) -> NetworkConfig:
+def _found(network: NetworkConfig, base: Path | None, begun: NetworkConfig | None) -> NetworkConfig:
+    """The network with the absolute path of its weights; that of the run that goes on, whatever has become of it."""
     if network.weights in ("pretrained", "random"):
         return network
-    return network.model_copy(update={"weights": str(find_weights(network.weights, base).resolve())})
+    path = find_weights(network.weights, base, begun.weights if begun else None)
+    return network.model_copy(update={"weights": str(path.resolve())})
 
 
 def _for_folder(recipe: Recipe, out: Path, copies: list[Path]) -> Recipe:
@@ -353,10 +373,9 @@ def _commit() -> str:
 
 
 def _card(recipe: Recipe, data: Data) -> dict[str, Any]:
-    network = recipe.network.model_copy(update={"weights": "random"})
     return {
         "semiseg": version("semiseg"),
-        "network": network.model_dump(mode="json"),
+        "network": _without_weights(recipe).network.model_dump(mode="json"),
         "classes": list(data.classes),
         "palette": [list(colour) for colour in data.palette],
         "channels": recipe.data.channels,
@@ -413,11 +432,7 @@ def load(path: str | Path, device: str = "auto", window: int | None = None) -> M
 
         net, card, folder = onnx_network(path), _read_card(path.with_suffix(".json")), path
     else:
-        folder = path / "model" if (path / "model").is_dir() else path
-        if folder == path and (path / "recipe.yaml").exists():
-            raise InputError(
-                f"{path} holds a run that is not finished: the same `semiseg train` command goes on with it."
-            )
+        folder = model_folder(path)
         tensors, card = read_model(folder)
         net = _network(card, tensors, place, folder.parent)
     predictor = Predictor(
