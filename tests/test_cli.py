@@ -521,11 +521,10 @@ def test_a_run_that_starts_from_another(
 
     whole = semiseg(*words, "whole")
     assert whole.code == 0, whole.err
-    if method == "fixmatch":
-        assert "first: the whole network loaded" in whole.out
-        assert f"  classes with the same name: {', '.join(names[1:])}\n" in whole.out
-        assert "  new classes, whose rows of the last layer are left random: whatever\n" in whole.out
-        assert f"  classes of that run that are not used: {names[0]}\n" in whole.out
+    assert "first: the whole network loaded" in whole.out
+    assert f"  classes with the same name: {', '.join(names[1:])}\n" in whole.out
+    assert "  new classes, whose rows of the last layer are left random: whatever\n" in whole.out
+    assert f"  classes of that run that are not used: {names[0]}\n" in whole.out
     with monkeypatch.context() as patch:
         patch.setattr(Supervised if method == "selftraining" else FixMatch, "step", stopped)
         assert semiseg(*words, "run").code == 143

@@ -71,6 +71,7 @@ class SelfTraining(Method):
 
     def __init__(self, config: Config, build: Build) -> None:
         self.config, self.build = config, build
+        build.network()  # every stage makes its own later: what they start from is said, or refused, before the first
 
     def fit(self, session: Session, data: Data) -> nn.Module:
         c = self.config
