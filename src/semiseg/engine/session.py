@@ -170,7 +170,7 @@ class Session:
 
     def say(self, lines: Iterable[str]) -> None:
         """Tells the user what this stage starts from: once, and not where it goes on, as it is no news then."""
-        if parallel.rank() == 0 and not (self.weights / checkpoint.LAST).exists():
+        if parallel.rank() == 0 and not any(self.folder.rglob(checkpoint.LAST)):
             for line in lines:
                 if line not in self.said:
                     self._print(line)
