@@ -176,6 +176,7 @@ def _batch(stream: Stream, channels: int, classes: int) -> Labelled | Unlabelled
     shape = (phase.batch, *phase.crop)
     image = torch.randint(256, (phase.batch, channels, *phase.crop), dtype=torch.uint8)
     valid, row = torch.ones(shape, dtype=torch.bool), torch.arange(phase.batch)
+    table = torch.rand(phase.batch, stream.strong, len(VIEW))
     if stream.labelled:
-        return Labelled(image, torch.randint(classes, shape, dtype=torch.uint8), valid, row)
-    return Unlabelled(image, valid, torch.rand(phase.batch, stream.strong, len(VIEW)), row.roll(1), row)
+        return Labelled(image, torch.randint(classes, shape, dtype=torch.uint8), valid, table, row)
+    return Unlabelled(image, valid, table, row.roll(1), row)

@@ -95,7 +95,7 @@ def batches(seed: int = 0, images: int = 2, size: tuple[int, int] = (64, 64)) ->
     def labelled() -> Labelled:
         mask = torch.randint(0, CLASSES, shape, generator=draw, dtype=torch.uint8)
         mask[torch.rand(shape, generator=draw) < 0.2] = IGNORE
-        return Labelled(image(), mask, everywhere, torch.arange(images))
+        return Labelled(image(), mask, everywhere, torch.zeros(images, 0, 13), torch.arange(images))
 
     one, real, valid = labelled(), labelled(), everywhere.clone()
     one.mask[0, :20] = IGNORE

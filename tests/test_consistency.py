@@ -85,7 +85,9 @@ def batches(seed: int = 0, images: int = 3, known: bool = True) -> dict[str, Any
     mask = torch.randint(0, CLASSES, (images, SIZE, SIZE), generator=draw, dtype=torch.uint8)
     mask[torch.rand(mask.shape, generator=draw) < (0.2 if known else 2)] = IGNORE
     row = torch.arange(images)
-    labelled = Labelled(image(), mask.masked_fill(~padded(0), IGNORE), padded(0), row)
+    labelled = Labelled(
+        image(), mask.masked_fill(~padded(0), IGNORE), padded(0), torch.zeros(images, 0, len(VIEW)), row
+    )
     table = torch.rand(images, 1, len(VIEW), generator=draw)
     return {"labelled": labelled, "unlabelled": Unlabelled(image(), padded(1), table, row.roll(1), row)}
 

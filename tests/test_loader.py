@@ -79,6 +79,7 @@ def test_a_batch(data: Data) -> None:
     assert set(labelled.mask.unique().tolist()) <= {*range(len(CLASSES)), IGNORE}
     assert (labelled.mask[~labelled.valid] == IGNORE).all()
     assert not labelled.valid.all()  # 48 px are less than 56 at a scale below 1.16
+    assert labelled.table.shape == (4, 0, len(VIEW))
 
     batch = unlabelled(item)
     assert batch.image.shape == (4, 3, 24, 56)
@@ -88,6 +89,18 @@ def test_a_batch(data: Data) -> None:
     assert len(batch.table.unique()) == batch.table.numel()
     assert (batch.partner != torch.arange(4)).all()
     assert item.skipped == {}
+
+
+def test_strong_views_of_labelled_images(data: Data) -> None:
+    """Their numbers come with the batch, and leave image, mask and crop as they are without them."""
+    phases = (Phase((24, 56), 4),)
+    plain, strong = (Steps({"x": Stream(data.labelled, phases, s)}, Timetable(phases, 8), data, 0) for s in (0, 2))
+    for one, other in zip(items(plain), items(strong), strict=True):
+        before, after = one.batches["x"], other.batches["x"]
+        assert isinstance(before, Labelled)
+        assert after.table.shape == (4, 2, len(VIEW))
+        assert len(after.table.unique()) == after.table.numel()
+        assert_same(Item({"x": before}, {}), Item({"x": replace(after, table=before.table)}, {}))
 
 
 def test_a_batch_is_that_of_the_draws(data: Data) -> None:

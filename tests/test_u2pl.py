@@ -62,7 +62,7 @@ def batches(seed: int = 0, images: int = 2, size: tuple[int, int] = (32, 48), cl
     table[:, 0, VIEW.index("mix")] = torch.arange(images) / images
     row, partner = torch.arange(images), torch.arange(images).roll(1)
     unlabelled = Unlabelled(image(), valid, table, partner, row)
-    return {"labelled": Labelled(image(), mask, everywhere, row), "unlabelled": unlabelled}
+    return {"labelled": Labelled(image(), mask, everywhere, table[:, :0], row), "unlabelled": unlabelled}
 
 
 def values(losses: dict[str, Tensor]) -> dict[str, float]:

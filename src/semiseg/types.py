@@ -83,6 +83,8 @@ VIEW = (
 class _Batch:
     """Moves all tensors of a dataclass at once; a DataLoader silently leaves one without `pin_memory` unpinned."""
 
+    table: Tensor
+
     def _map(self, change) -> Self:  # type: ignore[no-untyped-def]
         values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
         return replace(self, **{n: value if value is None else change(value) for n, value in values.items()})  # type: ignore[type-var]
@@ -93,20 +95,25 @@ class _Batch:
     def to(self, device: torch.device) -> Self:
         return self._map(lambda t: t.to(device, non_blocking=True))
 
+    def view(self, index: int) -> dict[str, Tensor]:
+        """The uniform numbers of strong view `index`, by name, each (B,) float32."""
+        return dict(zip(VIEW, self.table[:, index].unbind(1), strict=True))
+
 
 @dataclass(frozen=True)
 class Labelled(_Batch):
     """One batch of images with masks.
 
     image (B, N, H, W) uint8 or uint16, the file's depth; mask (B, H, W) uint8 class ids or IGNORE;
-    valid (B, H, W) bool, False in padding; row (B,) int64, the row in the stream's pool; soft (B, 2k - 1, H, W) uint8,
-    where the stream asks for k > 1 classes a pixel: the probabilities of k classes, 255 for 1, of which the mask has
-    the first, and the ids of the others.
+    valid (B, H, W) bool, False in padding; table (B, S, K) float32 uniforms in [0, 1), columns VIEW;
+    row (B,) int64, the row in the stream's pool; soft (B, 2k - 1, H, W) uint8, where the stream asks for k > 1 classes
+    a pixel: the probabilities of k classes, 255 for 1, of which the mask has the first, and the ids of the others.
     """
 
     image: Tensor
     mask: Tensor
     valid: Tensor
+    table: Tensor
     row: Tensor
     soft: Tensor | None = None
 
@@ -126,10 +133,6 @@ class Unlabelled(_Batch):
     table: Tensor
     partner: Tensor
     row: Tensor
-
-    def view(self, index: int) -> dict[str, Tensor]:
-        """The uniform numbers of strong view `index`, by name, each (B,) float32."""
-        return dict(zip(VIEW, self.table[:, index].unbind(1), strict=True))
 
 
 @dataclass(frozen=True)

@@ -61,19 +61,22 @@ class Steps(Dataset["Item | InputError"]):
         return Item(batches, skipped)
 
     def _labelled(self, stream: Stream, draw: Draw) -> Labelled:
-        samples = []
+        samples, tables = [], []
         for number, key, (y, x) in zip(draw.rows, draw.keys, draw.centres.tolist(), strict=True):
             row = stream.rows[int(number)]
             image, mask = self._open_pair(row) if stream.images else self._open_mask(row)
             if stream.top > 1:
                 mask = torch.cat([mask[None], self._open_soft(row, mask, stream.top)])
             centre = (y, x) if y >= 0 else None
-            samples.append(self._crop(image, mask, draw, np.random.default_rng(key), centre))
+            rng = np.random.default_rng(key)
+            samples.append(self._crop(image, mask, draw, rng, centre))
+            tables.append(_table(stream, rng))
         images, masks, valid = zip(*samples, strict=True)
         mask, soft = torch.stack(masks), None
         if stream.top > 1:
             mask, soft = mask[:, 0], mask[:, 1:]
-        return Labelled(_stack(images), mask, torch.stack(valid), torch.from_numpy(draw.rows), soft)
+        table, row = torch.from_numpy(np.stack(tables)), torch.from_numpy(draw.rows)
+        return Labelled(_stack(images), mask, torch.stack(valid), table, row, soft)
 
     def _unlabelled(self, stream: Stream, draw: Draw, skipped: dict[str, str]) -> Unlabelled:
         samples, tables, rows = [], [], []
@@ -81,7 +84,7 @@ class Steps(Dataset["Item | InputError"]):
             number, image = self._readable(stream, int(number), skipped)
             rng = np.random.default_rng(key)
             samples.append(self._crop(image, None, draw, rng))
-            tables.append(rng.random((stream.strong, len(VIEW)), dtype=np.float32))
+            tables.append(_table(stream, rng))
             rows.append(number)
         images, _, valid = zip(*samples, strict=True)
         return Unlabelled(
@@ -136,6 +139,11 @@ class Steps(Dataset["Item | InputError"]):
     ) -> tuple[Tensor, Tensor, Tensor]:
         config = self.data.config
         return geometry(image, mask, draw.phase.crop, config.scale, config.flip, rng, centre)
+
+
+def _table(stream: Stream, rng: np.random.Generator) -> NDArray[np.float32]:
+    """(S, K) uniforms of a sample's strong views: drawn after its crop, so that the crop is the same without them."""
+    return rng.random((stream.strong, len(VIEW)), dtype=np.float32)
 
 
 def _channels_first(image: NDArray[Any]) -> Tensor:
