@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,13 @@ def case(tmp_path: Path) -> testing.Case:
 class Noted(Session):
     """Notes what is trained; pseudo-labels are the masks of the labelled images."""
 
-    def train(self, method: Trainable, data: Data, streams: Mapping[str, Stream] | None = None) -> nn.Module:
+    def train(
+        self,
+        method: Trainable,
+        data: Data,
+        streams: Mapping[str, Stream] | None = None,
+        keep: Sequence[float] = (),
+    ) -> nn.Module:
         assert streams is not None
         assert isinstance(method, Supervised)
         self.trained.append(self)

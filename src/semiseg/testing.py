@@ -204,7 +204,13 @@ def run(case: Case, name: str, around: Around = Moment.go, data: Data | None = N
 class _Watched(Session):
     around: Around
 
-    def train(self, method: Trainable, data: Data, streams: Mapping[str, Stream] | None = None) -> nn.Module:
+    def train(
+        self,
+        method: Trainable,
+        data: Data,
+        streams: Mapping[str, Stream] | None = None,
+        keep: Sequence[float] = (),
+    ) -> nn.Module:
         assert isinstance(method, StepMethod), (
             f"{type(method).__name__} is no StepMethod: the session runs nothing else."
         )
@@ -214,7 +220,7 @@ class _Watched(Session):
             return self.around(Moment(self.folder, method, clock, batches, step))
 
         method.step = watched  # type: ignore[method-assign]
-        return super().train(method, data, streams)
+        return super().train(method, data, streams, keep)
 
 
 @contextlib.contextmanager

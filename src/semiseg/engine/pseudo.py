@@ -58,7 +58,7 @@ def pseudo_label(
     Raises:
         InputError: the folder holds labels of another teacher, of other images or by other options.
     """
-    _claim(folder, _fingerprint(net, rows, data, inference, least, top))
+    _claim(folder, {**fingerprint(net, rows, data, inference), "least": least, "top": top})
     jobs = [
         Job(
             row.image,
@@ -110,24 +110,30 @@ def _file(folder: Path, kind: str, number: int) -> Path:
     return folder / kind / f"{number // SHARD:04d}" / f"{number:07d}.png"
 
 
-def _fingerprint(
-    net: nn.Module, rows: Rows, data: Data, inference: InferenceConfig, least: float, top: int
-) -> dict[str, Any]:
-    """What labels depend on."""
+def weights_hash(net: nn.Module) -> str:
+    """What tells a network's weights and buffers from others."""
     weights = hashlib.sha256()
     for name, tensor in net.state_dict().items():
         weights.update(name.encode())
         weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return weights.hexdigest()[:16]
+
+
+def fingerprint(net: nn.Module, rows: Rows, data: Data, inference: InferenceConfig) -> dict[str, Any]:
+    """What a network's predictions of these images depend on."""
     images = hashlib.sha256("\n".join(rows.names).encode())
     return {
-        "teacher": weights.hexdigest()[:16],
+        "teacher": weights_hash(net),
         "images": f"{len(rows)}, {images.hexdigest()[:16]}",
         "classes": list(data.classes),
         "size": list(data.config.size) if isinstance(data.config.size, tuple) else data.config.size,
         "inference": json.loads(inference.model_dump_json()),
-        "least": least,
-        "top": top,
     }
+
+
+def differing(theirs: dict[str, Any], mine: dict[str, Any]) -> str:
+    """The names of what stands otherwise in a file than here, in a sentence; empty where all is equal."""
+    return ", ".join(name for name, value in mine.items() if name not in theirs or theirs[name] != value)
 
 
 def _claim(folder: Path, mine: dict[str, Any]) -> None:
@@ -139,10 +145,9 @@ def _claim(folder: Path, mine: dict[str, Any]) -> None:
     card = folder / CARD
     if card.exists():
         theirs = json.loads(card.read_text(encoding="utf-8"))
-        other = [name for name, value in mine.items() if name not in theirs or theirs[name] != value]
-        if other:
+        if other := differing(theirs, mine):
             raise InputError(
-                f"{folder} holds pseudo-labels that differ in {', '.join(other)}: remove the folder to make them anew, "
+                f"{folder} holds pseudo-labels that differ in {other}: remove the folder to make them anew, "
                 "or choose another run's folder to keep them."
             )
     parallel.wait()

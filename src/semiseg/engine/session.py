@@ -4,11 +4,12 @@ It knows no method. Everything that a step may depend on is a function of the st
 so a run that was killed ends with the same weights, bit for bit.
 """
 
+import copy
 import math
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -31,6 +33,7 @@ from semiseg.engine.evaluate import evaluate
 from semiseg.engine.log import Log, peak_memory
 from semiseg.engine.memory import memory_errors, smaller
 from semiseg.engine.pseudo import Report, pseudo_label
+from semiseg.engine.reliability import Ranking, reliability
 from semiseg.engine.schedule import scheduled
 from semiseg.files import replacing, write_json
 from semiseg.types import Clock, InferenceConfig, InputError, Interrupted, TrainConfig
@@ -138,8 +141,8 @@ class Session:
     device: torch.device
     trained: list["Session"] = field(default_factory=list, kw_only=True)
     """The stages that were trained, or found finished, in their order; all stages of a run share the list."""
-    labelled: list[Report] = field(default_factory=list, kw_only=True)
-    """Likewise, how labelling went."""
+    labelled: list[Report | Ranking] = field(default_factory=list, kw_only=True)
+    """Likewise, how labelling and ranking went."""
     said: list[str] = field(default_factory=list, kw_only=True)
     """Likewise, what `say` has told the user."""
 
@@ -173,12 +176,8 @@ class Session:
         if parallel.rank() == 0 and not any(self.folder.rglob(checkpoint.LAST)):
             for line in lines:
                 if line not in self.said:
-                    self._print(line)
+                    _say([line])
                     self.said.append(line)
-
-    @staticmethod
-    def _print(line: str) -> None:
-        Console().print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _progress(self) -> Progress:
         state = checkpoint.load(self.weights)
@@ -190,13 +189,48 @@ class Session:
         """The rows with labels of a network as masks, written to the stage's folder; see `engine.pseudo`."""
         labelled, report = pseudo_label(net, rows, data, self.folder / "pseudo", inference, self.device, least, top)
         self.labelled.append(report)
-        if parallel.rank() == 0:
-            for remark in report.remarks(least):
-                self._print(remark)
+        _say(report.remarks(least))
         return labelled
 
-    def train(self, method: Trainable, data: Data, streams: Mapping[str, Stream] | None = None) -> nn.Module:
+    def reliability(
+        self, nets: Sequence[nn.Module], rows: Rows, data: Data, inference: InferenceConfig
+    ) -> NDArray[np.float64]:
+        """How much the networks, snapshots of one, agree on each row (n,), 0..1; NaN where it cannot be read.
+
+        Kept in the stage's folder; see `engine.reliability`.
+        """
+        ranking = reliability(nets, rows, data, self.folder, inference, self.device)
+        self.labelled.append(ranking)
+        _say([ranking.remark()])
+        return ranking.array()
+
+    def kept(self, share: float, net: nn.Module) -> nn.Module:
+        """A copy of the network that `train` returned, in eval mode, with its weights at a share that it was to keep.
+
+        Raises:
+            InputError: they are gone.
+        """
+        path = self._kept(share)
+        if not path.exists():
+            raise InputError(f"{path} is missing: remove {self.folder} to train that stage anew.")
+        snapshot = copy.deepcopy(net).eval()
+        checkpoint.load_weights(path, snapshot)
+        return snapshot
+
+    def train(
+        self,
+        method: Trainable,
+        data: Data,
+        streams: Mapping[str, Stream] | None = None,
+        keep: Sequence[float] = (),
+    ) -> nn.Module:
         """Runs the steps that are left and returns the delivered network: the best on val, or without val the last.
+
+        Args:
+            method: what is trained.
+            data: for its streams, and val.
+            streams: the method's own, where others are not given here.
+            keep: shares of the run, above 0 and up to 1, whose weights are stored for `kept`; train.keep adds others.
 
         Raises:
             InputError: a loss or a weight is not finite, memory or disk is full, or files cannot be read.
@@ -215,7 +249,7 @@ class Session:
             checkpoint.load_weights(self.delivered, method.predictor())
             return method.predictor()
         self._tell_shown(streams, data)
-        kept = {share: max(1, round(total * share)) for share in c.keep}
+        kept = {share: max(1, round(total * share)) for share in (*c.keep, *keep)}
         rank, world = parallel.rank(), parallel.world()
         with Log(self.folder, total, start, rank == 0) as log, _Signals() as signals, memory_errors(smaller(c)):
             if start:
@@ -300,7 +334,7 @@ class Session:
         write_json(path, {"samples": samples, "classes": table})
         rarest = sorted((name for name in table if table[name]["places"]), key=lambda name: table[name]["alike"])
         told = (f"{name} {table[name]['alike']:.1f} -> {table[name]['drawn']:.1f}" for name in rarest[:3])
-        self._print(f"of the {samples} crops of an epoch are of images with {', '.join(told)} (without -> with places)")
+        _say([f"of the {samples} crops of an epoch are of images with {', '.join(told)} (without -> with places)"])
 
     def _restore(self, method: Trainable) -> tuple[int, Progress]:
         """Puts the checkpoint's state into the method; the step to go on with, and the progress so far."""
@@ -347,7 +381,10 @@ class Session:
 
     def _keep(self, shares: Iterable[float], net: nn.Module) -> None:
         for share in shares if parallel.rank() == 0 else ():
-            checkpoint.save_weights(self.folder / "kept" / f"{share:g}.safetensors", net)
+            checkpoint.save_weights(self._kept(share), net)
+
+    def _kept(self, share: float) -> Path:
+        return self.folder / "kept" / f"{share:g}.safetensors"
 
     def _refresh(self, net: nn.Module, streams: Mapping[str, Stream], data: Data, log: Log) -> None:
         """Batch norm's running statistics anew, from whole crops, where those at the end of the run were small."""
@@ -440,7 +477,7 @@ def _check_blocks(streams: Mapping[str, Stream], own: int) -> None:
         return batch % world == 0 and (not mixes or batch // world % mix_group(batch) == 0)
 
     for stream in streams.values():
-        mixes = stream.strong > 0
+        mixes = stream.strong > 0 and not stream.labelled  # labelled images have no partners
         for batch in (phase.batch for phase in stream.phases):
             if not divides(batch, mixes):
                 what = " that are mixed in one process" if mixes and batch % world == 0 else ""
@@ -451,6 +488,12 @@ def _check_blocks(streams: Mapping[str, Stream], own: int) -> None:
                     f"train.batch: {batch} images cannot be divided among {world} processes into equal blocks"
                     f"{what}: take train.batch={better}, or launch fewer processes."
                 )
+
+
+def _say(remarks: Iterable[str]) -> None:
+    """Tells the user, once for all processes."""
+    for remark in remarks if parallel.rank() == 0 else ():
+        Console().print(remark, markup=False, highlight=False, soft_wrap=True)
 
 
 def _finite(weights: Iterable[Tensor]) -> bool:

@@ -1,10 +1,12 @@
 """What a method is: the contract between an algorithm and the engine that runs it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from semiseg import parallel
@@ -24,10 +26,20 @@ class Session(Protocol):
     def inference(self) -> InferenceConfig: ...
     def stage(self, name: str) -> "Session": ...
     def say(self, lines: Iterable[str]) -> None: ...
-    def train(self, method: "StepMethod", data: Data, streams: Mapping[str, Stream] | None = None) -> nn.Module: ...
+    def train(
+        self,
+        method: "StepMethod",
+        data: Data,
+        streams: Mapping[str, Stream] | None = None,
+        keep: Sequence[float] = (),
+    ) -> nn.Module: ...
+    def kept(self, share: float, net: nn.Module) -> nn.Module: ...
     def pseudo_label(
         self, net: nn.Module, rows: Rows, data: Data, inference: InferenceConfig, least: float = 0.0, top: int = 1
     ) -> Rows: ...
+    def reliability(
+        self, nets: Sequence[nn.Module], rows: Rows, data: Data, inference: InferenceConfig
+    ) -> NDArray[np.float64]: ...
 
 
 class Method(ABC):

@@ -36,3 +36,15 @@ def miou(confusion: Tensor) -> Tensor:
     confusion (..., C, C) -> (...) float64.
     """
     return iou(confusion).nanmean(-1)
+
+
+def agreement(confusion: Tensor) -> Tensor:
+    """Mean IoU of two maps over the classes that either of them holds, in 0..1; 1 where none holds any.
+
+    confusion (..., C, C) -> (...) float64. Of a reference and a prediction `miou` is the measure: it leaves out classes
+    that the reference lacks, and here no map is the reference.
+    """
+    pixels = confusion.double()
+    both = pixels.diagonal(dim1=-2, dim2=-1)
+    either = pixels.sum(-1) + pixels.sum(-2) - both
+    return (both / either).nanmean(-1).nan_to_num(1.0)  # 0 / 0 is NaN: a class that neither holds
