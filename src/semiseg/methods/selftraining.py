@@ -25,10 +25,7 @@ from semiseg.methods.base import Method, Session
 from semiseg.methods.labelled import LossConfig
 from semiseg.methods.supervised import Supervised
 from semiseg.networks.factory import Build, NetworkConfig
-from semiseg.types import InferenceConfig, InputError, Options, Portion, Side
-
-SALT = 1_000_003
-"""Between the seeds of the networks of two rounds."""
+from semiseg.types import InputError, Options, Portion, Side
 
 
 class SelfTraining(Method):
@@ -83,10 +80,9 @@ class SelfTraining(Method):
         net = self._train(session.stage("teacher"), teacher, data, data.labelled, 0)
         for number in range(1, c.rounds + 1):
             stage = session.stage(f"round-{number}")
-            inference = InferenceConfig(window=session.inference.window, flip=c.flip, scales=c.scales)
+            inference = session.inference.model_copy(update={"flip": c.flip, "scales": c.scales})
             pseudo = stage.pseudo_label(net, data.unlabelled, data, inference, c.least, self._top(data))
-            build = replace(self.build, seed=self.build.seed + SALT * number)
-            net = self._train(stage, build, data, data.labelled + pseudo, len(pseudo))
+            net = self._train(stage, self.build.again(number), data, data.labelled + pseudo, len(pseudo))
         return net
 
     def _train(self, session: Session, build: Build, data: Data, rows: Rows, pseudo: int) -> nn.Module:

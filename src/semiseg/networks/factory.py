@@ -15,7 +15,7 @@ import threading
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
@@ -53,6 +53,8 @@ _NAMES = (*_DECODERS, "deeplabv2")
 _FIXED = {"encoder_name", "encoder_weights", "in_channels", "classes", "activation", "upsampling", "aux_params"}
 """Arguments of smp's decoders that are no options: they follow from the data, or belong to parts that are not used."""
 _PROBE_SECONDS = 4
+SALT = 1_000_003
+"""Between the seeds of the networks that a method trains one after another."""
 
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -145,6 +147,13 @@ class Build:
         if self.channels_last:
             net = net.to(memory_format=torch.channels_last)
         return net.to(self.device)
+
+    def again(self, number: int) -> "Build":
+        """The same with other random weights: for network `number` of a method that trains several; 0 is this one.
+
+        It reports to a list of its own, for it has the same to say.
+        """
+        return replace(self, seed=self.seed + SALT * number)
 
     def critic(self, kind: Kind = "pixel", scale: float = 1.0, salt: int = 1) -> Critic:
         """A new critic on the device, its random weights from (seed, salt)."""
