@@ -273,6 +273,12 @@ def test_option_of_advsemiseg(refused: Command, tmp_path: Path, overrides: str, 
         ("u2pl", "warm_up=1", "warm_up is 1, but it should be below 1."),
         ("u2pl", "alpha=101", "alpha is 101, but it should be at most 100."),
         ("u2pl", "temperature=0", "temperature is 0, but it should be above 0."),
+        ("st", "strong.cutout=2", "strong.cutout is 2, but it should be at most 1."),
+        ("st", "strong.cutout_area=[0.4,0.02]", "strong.cutout_area goes from 0.4 down to 0.02: put the smaller"),
+        ("st", "snapshots=3", "snapshots is unknown; "),
+        ("st", "scales=[0]", "scales.0 is 0, but it should be above 0."),
+        ("st++", "snapshots=1", "snapshots is 1, but it should be at least 2."),
+        ("st++", "strong.jitter=[1,1,1,0.6]", "strong.jitter.3 is 0.6, but it should be at most 0.5."),
     ],
 )
 def test_option_of_another_method(refused: Command, method: str, override: str, expected: str) -> None:

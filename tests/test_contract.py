@@ -39,6 +39,7 @@ MOVES: Mapping[str, Mapping[str, Sequence[Move]]] = {
         "least_pixels": (Move(300),),
         "scales": (Move([0.5, 1.0]),),
     },
+    "st++": {"snapshots": (Move(2),)},
 }
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "u2pl": {"least": 0.0, "width": 16, "queue": 100, "queue_first": 150, "push": 40, "anchors": 64, "keys": 20},

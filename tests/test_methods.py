@@ -61,8 +61,10 @@ def test_colours_that_are_left_out_are_named() -> None:
     network = NetworkConfig(encoder="test_resnet", weights="random", options={"encoder_depth": 3})
     for channels, named in ((3, False), (4, True)):
         build = Build(2, channels, network, OptimConfig())
-        methods.FixMatch(methods.FixMatch.Config(), build)
-        assert any("colours stay" in line for line in build.report) is named
+        for method in (methods.FixMatch, methods.ST, methods.STPlusPlus):
+            build.report.clear()
+            method(method.Config(), build)
+            assert any("colours stay" in line for line in build.report) is named
 
 
 def test_over_rescales() -> None:

@@ -8,6 +8,8 @@ from semiseg.methods.cutmixseg import CutMixSeg
 from semiseg.methods.fixmatch import FixMatch
 from semiseg.methods.meanteacher import MeanTeacher
 from semiseg.methods.selftraining import SelfTraining
+from semiseg.methods.st import ST
+from semiseg.methods.stplusplus import STPlusPlus
 from semiseg.methods.supervised import Supervised
 from semiseg.methods.u2pl import U2PL
 from semiseg.networks.factory import load_object
@@ -21,6 +23,8 @@ METHODS: dict[str, type[Method]] = {
     "cutmixseg": CutMixSeg,
     "u2pl": U2PL,
     "selftraining": SelfTraining,
+    "st": ST,
+    "st++": STPlusPlus,
 }
 
 DEFAULT = "fixmatch"
@@ -61,12 +65,14 @@ def _describe(config: type[Options], before: str) -> dict[str, tuple[str, str]]:
 __all__ = [
     "DEFAULT",
     "METHODS",
+    "ST",
     "U2PL",
     "AdvSemiSeg",
     "CutMixSeg",
     "FixMatch",
     "MeanTeacher",
     "Method",
+    "STPlusPlus",
     "SelfTraining",
     "StepMethod",
     "Supervised",
