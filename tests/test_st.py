@@ -136,6 +136,25 @@ def test_an_image_that_cannot_be_read_is_the_least_reliable(data: Data, tmp_path
     assert 2 in halves(ranking.array())[1]
 
 
+def test_processes_share_the_ranking(data: Data) -> None:
+    rows = data.unlabelled[:5]
+    predictors = [Predictor(Net(seed), data.classes, data.palette, 3, None, PLAIN, CPU) for seed in (0, 1)]
+    whole, _ = engine._scores(predictors, rows)
+
+    def scores_of(rank: int, other: Sequence[float | None]) -> list[float | None]:
+        """What process `rank` of two finds where the other one tells it its scores, and no failures."""
+
+        def gather(mine: Any) -> list[Any]:
+            theirs = other if isinstance(mine, list) else {}
+            return [mine, theirs] if rank == 0 else [theirs, mine]
+
+        with mock.patch.multiple(engine.parallel, rank=lambda: rank, world=lambda: 2, gather=gather):
+            return engine._scores(predictors, rows)[0]
+
+    assert scores_of(0, whole[1::2]) == whole
+    assert scores_of(1, whole[0::2]) == whole
+
+
 @pytest.mark.parametrize("count", [2, 3, 7, 100])
 def test_halves(count: int) -> None:
     score = np.random.default_rng(count).random(count)
