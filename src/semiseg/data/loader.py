@@ -75,8 +75,8 @@ class Steps(Dataset["Item | InputError"]):
         mask, soft = torch.stack(masks), None
         if stream.top > 1:
             mask, soft = mask[:, 0], mask[:, 1:]
-        table, row = torch.from_numpy(np.stack(tables)), torch.from_numpy(draw.rows)
-        return Labelled(_stack(images), mask, torch.stack(valid), table, row, soft)
+        table, rows = torch.from_numpy(np.stack(tables)), torch.from_numpy(draw.rows)
+        return Labelled(_stack(images), mask, torch.stack(valid), table, rows, soft)
 
     def _unlabelled(self, stream: Stream, draw: Draw, skipped: dict[str, str]) -> Unlabelled:
         samples, tables, rows = [], [], []
