@@ -1,4 +1,4 @@
-"""Pascal VOC with SBD, and Cityscapes, as they lie on the disk; the lists of labelled images that papers publish."""
+"""VOC with SBD, Cityscapes, KITTI and Mapillary as they lie on the disk; the lists of labels that papers publish."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from semiseg.config import load_recipe
 from semiseg.data.check import check
 from semiseg.data.families import LISTS, digest
 from semiseg.data.formats import read_mask, write_mask
-from semiseg.data.layouts import CITYSCAPES_IDS, bare
+from semiseg.data.layouts import CITYSCAPES_IDS, CLASSES, bare
 from semiseg.data.splits import Data, DataConfig, default_palette, load_data
 from semiseg.types import IGNORE, InputError
 
@@ -202,13 +202,19 @@ def test_training_images_without_mask_are_unlabelled(voc: Maker) -> None:
     fails("SegmentationClass has no mask ID.png of a training image", root, format="voc", pool="train")
 
 
-def test_layouts_taken_for_one_another(voc: Maker, city: Maker, tmp_path: Path) -> None:
+def test_layouts_taken_for_one_another(voc: Maker, city: Maker, kitti: Maker, mapillary: Maker, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for name in ("folder", "splits"):
+        fails("set data.format: kitti.", kitti(inside=f"k{name}/data_semantics"), format=name)
+        fails("set data.format: kitti.", tmp_path / f"k{name}", format=name)
+        fails("set data.format: mapillary.", mapillary(inside=f"m{name}"), format=name)
+        fails("set data.format: mapillary_v2.", mapillary("v2.0", inside=f"n{name}"), format=name)
         fails("has JPEGImages, but no folder images: set data.format: voc.", voc(inside=name), format=name)
         fails("set data.format: cityscapes.", city(inside=f"c{name}"), format=name)
     fails("has no folder JPEGImages", tmp_path / "empty", format="voc")
     fails("leftImg8bit/train is not a folder", tmp_path / "empty", format="cityscapes")
+    fails("empty has no folder training/image_2: let data.root name", tmp_path / "empty", format="kitti")
+    fails("training/images is not a folder: let data.root name", tmp_path / "empty", format="mapillary")
 
 
 @pytest.mark.parametrize("layout", ["folder", "csv", "cityscapes"])
@@ -292,6 +298,18 @@ def test_further_images_of_cityscapes(city: Maker) -> None:
     assert ids(data.unlabelled)[1:] == ["troisdorf_000000_000073"]
     assert data.family.startswith("cityscapes official train+train_extra/val,")
     fails("train_extra has no image", city(inside="b"), format="cityscapes", pool="train_extra")
+
+
+def test_coarse_masks_of_cityscapes_are_not_opened(city: Maker) -> None:
+    """The images of train_extra come with masks, which self-training on them replaces."""
+    root = city(extra=True)
+    coarse = root / "gtCoarse/train_extra/troisdorf/troisdorf_000000_000073_gtCoarse_labelIds.png"
+    coarse.parent.mkdir(parents=True)
+    coarse.write_bytes(b"no image")
+    data = load(root, format="cityscapes", pool="train_extra")
+    assert (len(data.labelled), ids(data.unlabelled)) == (3, ["troisdorf_000000_000073"])
+    assert not data.unlabelled.masked.any()
+    assert not check(data).problems
 
 
 @pytest.mark.parametrize(
@@ -378,8 +396,161 @@ def test_train_ids_of_cityscapes_taken_for_raw_ids(city: Maker) -> None:
     assert not check(load(city("labelTrainIds", inside="b"), format="cityscapes")).problems
 
 
+# --------------------------------------------------------------------------------------------------------------- KITTI
+
+KITTI = [f"{number:06}_10" for number in range(5)]
+
+
+@pytest.fixture
+def kitti(tmp_path: Path) -> Maker:
+    """Makes a small data_semantics."""
+
+    def make(inside: str = "kitti") -> Path:
+        root, noise = tmp_path / inside, np.random.default_rng(0)
+        for place in ("training", "testing"):
+            for name in KITTI:
+                save(root / f"{place}/image_2/{name}.png", noise.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+        for name in KITTI:
+            raw = np.arange(48, dtype=np.uint8).reshape(6, 8).clip(max=33)
+            save(root / f"training/semantic/{name}.png", raw)
+            save(root / f"training/semantic_rgb/{name}.png", np.zeros((6, 8, 3), np.uint8))
+        return root
+
+    return make
+
+
+def test_kitti(kitti: Maker) -> None:
+    data = load(kitti(), format="kitti", folds=5, fold=1)
+    assert (len(data.labelled), len(data.val), len(data.test)) == (4, 0, 1)
+    assert sorted(ids(data.labelled) + ids(data.test)) == KITTI
+    assert data.unlabelled.image.tolist() == [f"testing/image_2/{name}.png" for name in KITTI]
+    assert not data.unlabelled.masked.any()
+    assert data.family == "kitti fold 1 of 5 drawn with seed 0, all 4 labelled"
+    assert data.notes == ("The 5 images of testing/image_2 have no masks and are unlabelled ones.",)
+    assert (data.classes, data.palette) == CLASSES["cityscapes"]
+    mask = read_mask(Path(data.test.root, str(data.test.mask[0])), data.code).ravel()
+    assert {raw: int(mask[raw]) for raw in CITYSCAPES_IDS} == CITYSCAPES_IDS
+    assert [int(mask[raw]) for raw in (0, 3, 4, 9, 18, 29, 30)] == [IGNORE] * 7
+
+
+@pytest.mark.parametrize("root", ["kitti/data_semantics", "kitti"])
+def test_where_kitti_was_unpacked(kitti: Maker, tmp_path: Path, root: str) -> None:
+    kitti(inside="kitti/data_semantics")
+    data = load(tmp_path / root, format="kitti", split=(0.6, 0.2, 0.2), labelled=2)
+    assert (len(data.labelled), len(data.val), len(data.test)) == (2, 1, 1)
+
+
+def test_kitti_with_further_frames(kitti: Maker) -> None:
+    """Other archives of KITTI put a second frame of each scene into the same folder."""
+    root = kitti()
+    save(root / "training/image_2/000000_11.png", np.zeros((6, 8, 3), np.uint8))
+    data = load(root, format="kitti")
+    assert ids(data.unlabelled)[0] == "000000_11"
+    assert any("1 training images have no mask and are unlabelled" in note for note in data.notes)
+    for path in (root / "training/semantic").iterdir():
+        path.unlink()
+    fails("training/semantic has no mask NAME.png of a training image", root, format="kitti")
+
+
+def test_train_ids_in_kitti(kitti: Maker) -> None:
+    root = kitti()
+    for path in (root / "training/semantic").iterdir():
+        save(path, np.arange(48, dtype=np.uint8).reshape(6, 8).clip(max=18))
+    problems = check(load(root, format="kitti", folds=5)).problems
+    assert len(problems) == 1
+    assert problems[0].endswith("set data.values: {0: 0, 1: 1, ..., 18: 18}.")
+    assert not check(load(root, format="kitti", folds=5, values={i: i for i in range(19)})).problems
+
+
+# ----------------------------------------------------------------------------------------------------------- Mapillary
+
+LABELS = [
+    {"name": "animal--bird", "readable": "Bird", "color": [165, 42, 42], "evaluate": True, "instances": True},
+    {"name": "void--dynamic", "readable": "Dynamic", "color": [111, 74, 0], "evaluate": False, "instances": False},
+    {"name": "nature--sky", "readable": "Sky", "color": [70, 130, 180], "evaluate": True, "instances": False},
+    {"name": "marking--text", "readable": "Text", "color": [70, 130, 180], "evaluate": True, "instances": False},
+    {"name": "void--unlabeled", "readable": "Unlabeled", "color": [0, 0, 0], "evaluate": False, "instances": False},
+]
+MAPILLARY = {"training": ["-0C1J9Cv", "0GhR_2", "zQ-51a"], "validation": ["_1Gn_x", "Zz9-0"], "testing": ["--aB3"]}
+
+
+@pytest.fixture
+def mapillary(tmp_path: Path) -> Maker:
+    """Makes a small Mapillary Vistas: 1.2 as it came first, or labels of `versions` as archives of 2.0 hold them."""
+
+    def make(*versions: str, inside: str = "mapillary") -> Path:
+        root, noise = tmp_path / inside, np.random.default_rng(0)
+        for split, names in MAPILLARY.items():
+            for name in names:
+                save(root / f"{split}/images/{name}.jpg", noise.integers(0, 256, (5, 8, 3), dtype=np.uint8))
+            for version in versions or ("",):
+                place = root / split / version / "labels"
+                place.mkdir(parents=True, exist_ok=True)
+                mask = np.arange(5, dtype=np.uint8).repeat(8).reshape(5, 8)
+                for name in names if split != "testing" else ():
+                    write_mask(place / f"{name}.png", mask, tuple(tuple(label["color"]) for label in LABELS))
+                    save(place.with_name("instances") / f"{name}.png", mask)
+        for version in versions or ("",):
+            labels = LABELS if version != "v2.0" else [{**label, "evaluate": True} for label in LABELS]
+            name = f"config_{version}.json" if version else "config.json"
+            (root / name).write_text(json.dumps({"version": version, "mapping": "public", "labels": labels}))
+        return root
+
+    return make
+
+
+@pytest.mark.parametrize("versions", [(), ("v1.2",), ("v1.2", "v2.0")])
+def test_mapillary(mapillary: Maker, versions: tuple[str, ...]) -> None:
+    data = load(mapillary(*versions), format="mapillary", labelled=2)
+    assert sorted(ids(data.labelled) + ids(data.unlabelled)) == sorted(MAPILLARY["training"] + MAPILLARY["testing"])
+    assert (ids(data.val), len(data.test)) == (sorted(MAPILLARY["validation"]), 0)
+    assert not data.unlabelled.masked.any()
+    assert data.family == "mapillary official train/val, 2 of 3 labelled drawn with seed 0"
+    assert data.notes == ("The 1 images of testing/images have no masks and are unlabelled ones.",)
+    assert data.classes == ("Bird", "Sky", "Text")
+    assert data.palette == ((165, 42, 42), (70, 130, 180), (70, 130, 180))
+    mask = read_mask(Path(data.val.root, str(data.val.mask[0])), data.code)
+    assert mask[:, 0].tolist() == [0, IGNORE, 1, 2, IGNORE]
+    assert not check(data).problems
+
+
+def test_labels_2_of_mapillary(mapillary: Maker) -> None:
+    root = mapillary("v1.2", "v2.0")
+    data = load(root, format="mapillary_v2")
+    assert data.classes == tuple(label["readable"] for label in LABELS)
+    assert "/v2.0/labels/" in str(data.labelled.mask[0])
+    own = load(root, format="mapillary", classes=("a", "b", "c"))
+    assert (own.classes, own.code.values) == (("a", "b", "c"), load(root, format="mapillary").code.values)
+    old, new = mapillary(inside="b"), mapillary("v2.0", inside="c")
+    fails("has no folder v2.0/labels: put the masks there, or set data.format: mapillary.", old, format="mapillary_v2")
+    fails("labels or v1.2/labels: put the masks there, or set data.format: mapillary_v2.", new, format="mapillary")
+
+
+def test_mapillary_without_masks(mapillary: Maker) -> None:
+    root = mapillary()
+    (root / f"training/labels/{MAPILLARY['training'][0]}.png").unlink()
+    data = load(root, format="mapillary")
+    assert ids(data.unlabelled) == [MAPILLARY["training"][0], *MAPILLARY["testing"]]
+    assert any("1 training images have no mask" in note for note in data.notes)
+    for path in (root / "training/labels").iterdir():
+        path.unlink()
+    fails("training/labels has no mask NAME.png of a training image", root, format="mapillary")
+
+
+def test_bad_class_file_of_mapillary(mapillary: Maker) -> None:
+    root = mapillary()
+    (root / "config.json").write_text(json.dumps({"labels": [{"readable": "Bird", "color": [0, 0, 256]}]}))
+    fails("config.json: labels.0.color.2: Input should be less than or equal to 255", root, format="mapillary")
+    (root / "config.json").write_text("[]")
+    fails("config.json: ", root, format="mapillary")
+    (root / "config.json").unlink()
+    fails("config.json is not there: it names Mapillary's classes", root, format="mapillary")
+
+
 # ----------------------------------------------------------------------------------------------------- published lists
 
+FURTHER = 3
+"""Images of train_extra in the tree below."""
 RECIPES = sorted(path for name in ("voc", "cityscapes") for path in (ROOT / "recipes" / name).glob("*.yaml"))
 LABELLED = sorted(Path(REAL or "nowhere", "splits").rglob("labeled.txt"))
 
@@ -411,6 +582,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             place = city / path.replace("labelTrainIds", "labelIds")
             place.parent.mkdir(parents=True, exist_ok=True)
             place.touch()
+    further = city / "leftImg8bit/train_extra/troisdorf"
+    further.mkdir(parents=True)
+    for number in range(FURTHER):
+        (further / f"troisdorf_000000_{number:06}_leftImg8bit.png").touch()
     return {"pascal": voc, "cityscapes": city}
 
 
@@ -466,5 +641,5 @@ def test_recipes_ask_for_what_is_there(path: Path, whole: dict[str, Path], monke
         assert any(words in data.family for words in LISTS.values() if "UniMatch" not in words)
     else:
         assert len(data.labelled) in {int(pool * share) for share in (1 / 8, 1 / 4, 1 / 2, 1)}
-    assert len(data.unlabelled) == pool - len(data.labelled)
-    assert path.stem.endswith(f"-{len(data.labelled)}" if len(data.unlabelled) else "-all")
+    assert len(data.unlabelled) == pool - len(data.labelled) + FURTHER * (recipe.data.pool == "train_extra")
+    assert path.stem.endswith(f"-{len(data.labelled)}" if len(data.labelled) < pool else "-all")

@@ -337,7 +337,11 @@ def _train_ids_for_raw_ones(data: Data, pools: Mapping[str, _Good]) -> list[str]
     above = [label for raw, label in CITYSCAPES_IDS.items() if raw >= len(CITYSCAPES_IDS)]
     if np.sum([pool.counts.sum(0) for pool in looked], axis=0)[above].any():
         return []
-    advice = "name them *_gtFine_labelTrainIds.png" if data.config.format == "cityscapes" else "remove data.values"
+    advice = "remove data.values"
+    if data.config.format == "cityscapes":
+        advice = "name them *_gtFine_labelTrainIds.png"
+    elif data.config.format == "kitti" and data.config.values is None:
+        advice = "set data.values: {0: 0, 1: 1, ..., 18: 18}"
     names = some(row.mask.name for pool in looked for row in pool.rows if row.mask)
     return [f"No mask has a raw Cityscapes id above 18, so they seem to hold train ids already ({names}): {advice}."]
 

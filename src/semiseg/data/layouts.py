@@ -1,7 +1,7 @@
 """What lies on the disk in each layout that `data.format` names, and what the layouts with a name of their own mean.
 
 Sources: Pascal VOC 2012 (Everingham et al., IJCV 2015), SBD (Hariharan et al., ICCV 2011), Cityscapes (Cordts et al.,
-CVPR 2016).
+CVPR 2016), KITTI's semantic benchmark (Alhaija et al., IJCV 2018), Mapillary Vistas (Neuhold et al., ICCV 2017).
 """
 
 import csv
@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import BaseModel, Field, ValidationError
 
 from semiseg.data.formats import Colour
 from semiseg.data.rows import Rows
@@ -23,7 +25,7 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".
 _SPLITS = {name: name for name in ("train", "val", "test", "unlabelled")} | {"unlabeled": "unlabelled"}
 """Names of splits as users write them, and as we do."""
 
-Format = Literal["folder", "splits", "camvid", "csv", "voc", "cityscapes"]
+Format = Literal["folder", "splits", "camvid", "csv", "voc", "cityscapes", "kitti", "mapillary", "mapillary_v2"]
 Pool = Literal["train", "train_aug", "train_extra"]
 POOLS: Mapping[str, tuple[Pool, ...]] = {"voc": ("train", "train_aug"), "cityscapes": ("train", "train_extra")}
 """The formats that have several sets of training images."""
@@ -55,14 +57,16 @@ _CITYSCAPES: tuple[tuple[str, int, Colour], ...] = (
 )
 """Name, id in *_labelIds.png and colour of the 19 classes that are scored; the place in this list is the train id."""
 
-CLASSES: Mapping[str, tuple[tuple[str, ...], tuple[Colour, ...]]] = {
-    "voc": (_VOC, ()),
-    "cityscapes": (tuple(name for name, _, _ in _CITYSCAPES), tuple(colour for _, _, colour in _CITYSCAPES)),
-}
-"""Names and colours (none: the default palette, which is VOC's) of the formats that need no class file."""
+Classes = tuple[tuple[str, ...], tuple[Colour, ...]]
+"""Names, and colours to draw with (none: the default palette, which is VOC's)."""
+_NINETEEN: Classes = tuple(name for name, _, _ in _CITYSCAPES), tuple(colour for _, _, colour in _CITYSCAPES)
+CLASSES: Mapping[str, Classes] = {"voc": (_VOC, ()), "cityscapes": _NINETEEN, "kitti": _NINETEEN}
+"""Those of the formats whose classes are known without a file."""
 
 CITYSCAPES_IDS = {raw: label for label, (_, raw, _) in enumerate(_CITYSCAPES)}
 """Id in *_labelIds.png -> train id."""
+_RAW_IDS = dict.fromkeys(range(34), IGNORE) | CITYSCAPES_IDS
+"""The same for all ids that such a mask may hold."""
 
 
 def read_text(path: Path) -> str:
@@ -75,6 +79,26 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read as UTF-8 text ({error}): name another file or save it anew.") from None
+
+
+_Byte = Annotated[int, Field(ge=0, le=255)]
+RGB = tuple[_Byte, _Byte, _Byte]
+"""A colour in a file."""
+_File = TypeVar("_File", bound=BaseModel)
+
+
+def read_json(path: Path, kind: type[_File]) -> _File:
+    """The content of a JSON file, checked.
+
+    Raises:
+        InputError: it cannot be read, or is not what `kind` says.
+    """
+    try:
+        return kind.model_validate_json(read_text(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise InputError(f"{path}: {where}{': ' * bool(where)}{first['msg']}; correct it.") from None
 
 
 @dataclass(frozen=True)
@@ -93,6 +117,8 @@ class Found:
     notes: list[str] = field(default_factory=list)
     values: Mapping[int, int] | None = None
     """Raw mask value -> class id, where the layout itself has raw values."""
+    classes: Classes | None = None
+    """Where the layout itself has classes; their masks hold ids, so that these colours may repeat."""
 
 
 def find(layout: Format, root: Path, pool: Pool | None) -> Found:
@@ -105,7 +131,15 @@ def find(layout: Format, root: Path, pool: Pool | None) -> Found:
         return _read_voc(root, pool == "train_aug")
     if layout == "cityscapes":
         return _read_cityscapes(root, pool == "train_extra")
-    readers = {"folder": _read_folder, "splits": _read_splits, "camvid": _read_splits, "csv": _read_csv}
+    if layout in ("mapillary", "mapillary_v2"):
+        return _read_mapillary(root, layout)
+    readers = {
+        "folder": _read_folder,
+        "splits": _read_splits,
+        "camvid": _read_splits,
+        "csv": _read_csv,
+        "kitti": _read_kitti,
+    }
     return readers[layout](root)
 
 
@@ -146,9 +180,8 @@ def _files(folder: Path) -> dict[str, str]:
     return by_stem
 
 
-def _pairs(root: Path, split: str, notes: list[str]) -> Rows:
-    """The images of images/SPLIT, each with the mask of the same stem in masks/SPLIT or none."""
-    places = [f"{kind}/{split}".rstrip("/") for kind in ("images", "masks")]
+def _pairs(root: Path, places: tuple[str, str], notes: list[str]) -> Rows:
+    """The images of the first place, each with the mask of the same stem in the second or none."""
     images, masks = (_files(root / place) for place in places)
     alone = [path for key, path in masks.items() if key not in images]
     if masks and len(alone) == len(masks):
@@ -170,7 +203,7 @@ def _read_folder(root: Path) -> Found:
     if (root / "images/train").is_dir():
         raise InputError(f"{root / 'images'} is divided into train and other splits: set data.format: splits.")
     notes: list[str] = []
-    train, none = _pairs(root, "", notes), Rows.of(root, ())
+    train, none = _pairs(root, ("images", "masks"), notes), Rows.of(root, ())
     return Found(train, none, none, none, (), "images/", notes)
 
 
@@ -184,11 +217,18 @@ def _read_splits(root: Path) -> Found:
     if unknown:
         notes.append(f"images/{unknown[0]} is not read: the splits are called train, val, test and unlabelled.")
     none = Rows.of(root, ())
-    parts = {name: _pairs(root, name, notes) if name in folders else none for name in ("train", "val", "test")}
+    parts = {
+        name: _pairs(root, (f"images/{name}", f"masks/{name}"), notes) if name in folders else none
+        for name in ("train", "val", "test")
+    }
     val, test = (_masked(parts[name], f"images/{name}", notes) for name in ("val", "test"))
     alike = [f"images/{name}" for name in folders if name in ("unlabelled", "unlabeled")]
-    extra = Rows.of(root, (f"{place}/{path}" for place in alike for path in _files(root / place).values()))
+    extra = _unmasked(root, *alike)
     return Found(parts["train"], extra, val, test, _own(val, test), "images/train/", notes)
+
+
+def _unmasked(root: Path, *places: str) -> Rows:
+    return Rows.of(root, (f"{place}/{path}" for place in places for path in _files(root / place).values()))
 
 
 def _own(val: Rows, test: Rows) -> tuple[str, ...]:
@@ -245,8 +285,20 @@ def _need_folder(path: Path, advice: str) -> None:
         raise InputError(f"{path} is not a folder: {advice}.")
 
 
+_SIGNS = {
+    "JPEGImages": "voc",
+    "leftImg8bit": "cityscapes",
+    "training/image_2": "kitti",
+    "data_semantics/training/image_2": "kitti",
+    "training/labels": "mapillary",
+    "training/v1.2": "mapillary",
+    "training/v2.0": "mapillary_v2",
+}
+"""Folders by which a layout is known, and the layout."""
+
+
 def _need_no_other(root: Path) -> None:
-    for folder, layout in (("JPEGImages", "voc"), ("leftImg8bit", "cityscapes")):
+    for folder, layout in _SIGNS.items():
         if (root / folder).is_dir() and not (root / "images").exists():
             raise InputError(f"{root} has {folder}, but no folder images: set data.format: {layout}.")
 
@@ -312,7 +364,7 @@ def _read_voc(root: Path, sbd: bool) -> Found:
     _need_masks(train, f"{folder / (_AUGMENTED if sbd else _OFFICIAL)}", "ID.png", notes)
     val = _masked(rows(held, lists / "val.txt", augmented | official), "val.txt", notes)
     own = ("train_aug" if sbd else "train", *_own(val, val[:0])[1:])
-    return Found(train, val[:0], val, val[:0], own, "JPEGImages/", notes)
+    return Found(train, val[:0], val, val[:0], own, "JPEGImages/", notes, classes=CLASSES["voc"])
 
 
 def _ids(path: Path) -> list[str]:
@@ -365,5 +417,76 @@ def _read_cityscapes(root: Path, further: bool) -> Found:
     elif (images / "train_extra").is_dir():
         notes.append("leftImg8bit/train_extra is not used: data.pool: train_extra makes its images unlabelled ones.")
     own = ("train+train_extra" if len(extra) else "train", *_own(val, val[:0])[1:])
-    values = dict.fromkeys(range(34), IGNORE) | CITYSCAPES_IDS if end == ends[0] else None
-    return Found(train, extra, val, val[:0], own, "leftImg8bit/train/", notes, values)
+    values = _RAW_IDS if end == ends[0] else None
+    return Found(train, extra, val, val[:0], own, "leftImg8bit/train/", notes, values, CLASSES["cityscapes"])
+
+
+# --------------------------------------------------------------------------------------------------------------- KITTI
+
+
+def _read_kitti(root: Path) -> Found:
+    place = "training/image_2"
+    folders = [folder for folder in (root, root / "data_semantics") if (folder / place).is_dir()]
+    if not folders:
+        raise InputError(
+            f"{root} has no folder {place}: let data.root name data_semantics of KITTI, as it is unpacked."
+        )
+    folder, notes = folders[0], list[str]()
+    train = _pairs(folder, (place, "training/semantic"), notes)
+    _need_masks(train, f"{folder / 'training/semantic'}", "NAME.png", notes)
+    extra = _tested(folder, "testing/image_2", notes)
+    return Found(train, extra, train[:0], train[:0], (), f"{place}/", notes, _RAW_IDS, CLASSES["kitti"])
+
+
+def _tested(root: Path, place: str, notes: list[str]) -> Rows:
+    """The images that a benchmark tests with, whose masks it keeps."""
+    rows = _unmasked(root, place)
+    if len(rows):
+        notes.append(f"The {len(rows)} images of {place} have no masks and are unlabelled ones.")
+    return rows
+
+
+# ----------------------------------------------------------------------------------------------------------- Mapillary
+
+_MAPILLARY = {
+    "mapillary": (("labels", "config.json"), ("v1.2/labels", "config_v1.2.json")),
+    "mapillary_v2": (("v2.0/labels", "config_v2.0.json"),),
+}
+"""Where the masks are below training and validation, and what says what they mean. Archives of 2.0 have those of both
+versions; 1.2 has 66 labels, 2.0 has 124."""
+
+
+class _Label(BaseModel):
+    readable: str
+    color: RGB
+    evaluate: bool
+
+
+class _Labels(BaseModel):
+    labels: tuple[_Label, ...]
+
+
+def _read_mapillary(root: Path, layout: Literal["mapillary", "mapillary_v2"]) -> Found:
+    _need_folder(root / "training/images", "let data.root name the folder with training and validation of Mapillary")
+    there = [pair for pair in _MAPILLARY[layout] if (root / "training" / pair[0]).is_dir()]
+    if not there:
+        other = "mapillary" if layout == "mapillary_v2" else "mapillary_v2"
+        known = " or ".join(place for place, _ in _MAPILLARY[layout])
+        raise InputError(
+            f"{root / 'training'} has no folder {known}: put the masks there, or set data.format: {other}."
+        )
+    masks, config = there[0]
+    if not (root / config).is_file():
+        raise InputError(f"{root / config} is not there: it names Mapillary's classes, put it beside training.")
+    labels = read_json(root / config, _Labels).labels
+    scored = [number for number, label in enumerate(labels) if label.evaluate]
+    ids = {number: label for label, number in enumerate(scored)}
+    values = dict.fromkeys(range(len(labels)), IGNORE) | ids
+    classes = tuple(labels[i].readable for i in scored), tuple(labels[i].color for i in scored)
+
+    notes: list[str] = []
+    train, val = (_pairs(root, (f"{split}/images", f"{split}/{masks}"), notes) for split in ("training", "validation"))
+    _need_masks(train, f"{root / 'training' / masks}", "NAME.png", notes)
+    val = _masked(val, "validation/images", notes)
+    extra = _tested(root, "testing/images", notes)
+    return Found(train, extra, val, val[:0], _own(val, val[:0]), "training/images/", notes, values, classes)

@@ -16,20 +16,21 @@ from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from semiseg.data.families import LISTS, digest
 from semiseg.data.formats import Colour, MaskCode, read_mask
 from semiseg.data.layouts import (
-    CLASSES,
     IMAGE_SUFFIXES,
     POOLS,
+    RGB,
     Format,
     Found,
     Pool,
     bare,
     default_pool,
     find,
+    read_json,
     read_text,
     stem,
 )
@@ -47,14 +48,17 @@ class DataConfig(Options):
     format: Format = "folder"
     """folder: images/** and masks/**, paired by name. splits (camvid is the same): images/train/**, masks/train/**, and
     val, test, unlabelled alike. csv: `root` is a file with the columns image, mask, split, and paths relative to it.
-    voc: Pascal VOC 2012 as it is unpacked, SBD's masks in SegmentationClassAug. cityscapes: leftImg8bit and gtFine."""
+    voc: Pascal VOC 2012 as it is unpacked, SBD's masks in SegmentationClassAug. cityscapes: leftImg8bit and gtFine.
+    kitti: data_semantics, its test images unlabelled. mapillary, mapillary_v2: Mapillary Vistas with the labels 1.2 or
+    2.0, its test images unlabelled."""
     pool: Pool | None = None
     """The training images. voc: train (1,464) or train_aug (10,582 with SBD; the default where SBD's masks are there).
     cityscapes: train (2,975), or train_extra, which adds the 20,000 of that folder to the unlabelled ones."""
     classes: tuple[str, ...] | None = None
-    """Names in the order of the ids; none: classes.json in the data folder, else those of voc and cityscapes."""
+    """Names in the order of the ids; none: classes.json in the data folder, else the layout's own where it has some."""
     values: dict[int, int] | None = None
-    """Raw mask value -> class id, or 255 to ignore; none: the values are the ids, but Cityscapes' labelIds its 19."""
+    """Raw mask value -> class id, or 255 to ignore; none: the values are the ids, or where those of the layout are
+    others (cityscapes, kitti, mapillary) become those of the classes that are scored."""
     ignore: tuple[int, ...] = ()
     """Raw mask values of pixels that have no label, besides 255."""
     channels: Side = 3
@@ -148,7 +152,7 @@ def load_data(config: DataConfig, base: Path | None = None) -> Data:
     root = Path(config.root)
     folder, name = (root.parent, root.stem) if config.format == "csv" else (root, root.name)
     found = find(config.format, root, config.pool)
-    classes, palette, code = read_classes(config, folder, found.values)
+    classes, palette, code = read_classes(config, folder, found)
 
     found, divided = _divide(config, found)
     if not len(found.train):
@@ -213,12 +217,12 @@ def _find(text: str, places: Iterable[Path], option: str) -> Path:
 
 
 def read_classes(
-    config: DataConfig, folder: Path, values: Mapping[int, int] | None = None
+    config: DataConfig, folder: Path, found: Found | None = None
 ) -> tuple[tuple[str, ...], tuple[Colour, ...], MaskCode]:
     """Names, colours to draw with, and the code of the masks, from `data.classes` or else the folder's classes.json.
 
-    voc and cityscapes need neither. `values`: raw mask values -> class ids of the layout, where it has them and the
-    classes are as many; data.values comes first.
+    A layout that has classes of its own needs neither (`found`). Its raw mask values hold where the classes are as
+    many as its own; data.values comes first.
 
     classes.json is {"classes": [names, or {"name": ..., "color": [r, g, b]}], "palette": [[r, g, b], ...],
     "ignore_index": 255, "ignore_colors": [[r, g, b], ...]}, of which only "classes" is needed; further keys are passed
@@ -227,14 +231,15 @@ def read_classes(
     Raises:
         InputError: neither is there, or they contradict themselves.
     """
-    path = folder / "classes.json"
+    path, values = folder / "classes.json", found.values if found else None
+    drawn: tuple[Colour, ...] = ()
     if config.classes is not None:
         file, source = _ClassFile(classes=config.classes), "data.classes"
     elif path.is_file():
-        file, source = _class_file(path), str(path)
-    elif config.format in CLASSES:
-        known, colours = CLASSES[config.format]
-        file, source = _ClassFile(classes=known, palette=colours), f"data.format {config.format}"
+        file, source = read_json(path, _ClassFile), str(path)
+    elif found and found.classes:
+        known, drawn = found.classes
+        file, source = _ClassFile(classes=known), f"data.format {config.format}"
     else:
         raise InputError(f'{path} is missing: write {{"classes": ["background", ...]}} there, or set data.classes.')
     names, colours = file.names(), file.colours()
@@ -251,23 +256,19 @@ def read_classes(
     if values is not None and len(set(values.values()) - {IGNORE}) != len(names):
         values = None
     code = MaskCode(len(names), colours or None, _values(config, len(names), ignored, values), file.ignore_colors)
-    return names, colours or default_palette(len(names)), code
-
-
-_Byte = Annotated[int, Field(ge=0, le=255)]
-_Colour = tuple[_Byte, _Byte, _Byte]
+    return names, colours or drawn or default_palette(len(names)), code
 
 
 class _Class(BaseModel):
     name: str
-    color: _Colour | None = None
+    color: RGB | None = None
 
 
 class _ClassFile(BaseModel):
     classes: tuple[str | _Class, ...]
-    palette: tuple[_Colour, ...] = ()
+    palette: tuple[RGB, ...] = ()
     ignore_index: int = IGNORE
-    ignore_colors: tuple[_Colour, ...] = ()
+    ignore_colors: tuple[RGB, ...] = ()
 
     def names(self) -> tuple[str, ...]:
         return tuple(entry if isinstance(entry, str) else entry.name for entry in self.classes)
@@ -276,15 +277,6 @@ class _ClassFile(BaseModel):
         """The palette, else the colours of those classes that have one."""
         own = (entry.color for entry in self.classes if isinstance(entry, _Class))
         return self.palette or tuple(colour for colour in own if colour is not None)
-
-
-def _class_file(path: Path) -> _ClassFile:
-    try:
-        return _ClassFile.model_validate_json(read_text(path))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise InputError(f"{path}: {where}{': ' * bool(where)}{first['msg']}; correct it.") from None
 
 
 def _values(
