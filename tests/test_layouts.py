@@ -547,6 +547,19 @@ def test_bad_class_file_of_mapillary(mapillary: Maker) -> None:
     fails("config.json is not there: it names Mapillary's classes", root, format="mapillary")
 
 
+def test_images_of_mapillary_for_cityscapes(mapillary: Maker, city: Maker) -> None:
+    """As in Zhu et al. 2020: unlabelled images of another data set, of which no mask is needed."""
+    folder = mapillary() / "training/images"
+    for path in folder.parent.glob("labels/*.png"):
+        path.unlink()
+    data = load(city(), format="cityscapes", extra=str(folder))
+    assert sorted(ids(data.unlabelled)) == sorted(MAPILLARY["training"])
+    assert len(data.classes) == 19
+    report = check(data)
+    assert (report.problems, report.images["unlabelled"]) == ((), 3)
+    assert any(f"The 3 images of {folder} are among the unlabelled ones" in line for line in report.warnings)
+
+
 # ----------------------------------------------------------------------------------------------------- published lists
 
 FURTHER = 3

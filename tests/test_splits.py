@@ -270,6 +270,27 @@ def test_nothing_labelled(tree: Tree) -> None:
     )
 
 
+def test_images_of_other_data(tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tree({**pairs(["a", "b"], "train"), **images(["u"], "unlabelled"), **pairs(["v"], "val")})
+    tree({"town/x.jpg": None, "town/deep/y.png": None}, classes=None, name="common/other")
+    tree({"z.jpg": None}, classes=None, name="third")
+    monkeypatch.setenv("SEMISEG_DATA", str(tmp_path / "common"))
+    options: dict[str, Any] = {"format": "splits", "labelled": 1}
+    alone, data = load(root, **options), load(root, extra="other", **options)
+    assert stems(data.labelled) == stems(alone.labelled)
+    assert stems(data.unlabelled) == [*stems(alone.unlabelled), "y", "x"]
+    assert all(row.image.is_file() for row in data.unlabelled)
+    assert data.config.extra == (str(tmp_path / "common/other"),)
+    assert data.family == alone.family.replace("train/val", "train/val with 2 further images")
+    assert data.notes == (f"The 2 images of {tmp_path / 'common/other'} are among the unlabelled ones (data.extra).",)
+
+    both = load(root, extra=["other", str(tmp_path / "third")], labelled="all", format="splits")
+    assert stems(both.unlabelled) == ["u", "y", "x", "z"]
+    fails("data.extra nowhere is not there", root, extra="nowhere", **options)
+    (tmp_path / "common/empty").mkdir()
+    fails("empty is not a folder with images: name another one", root, extra="empty", **options)
+
+
 def test_wrong_format(tree: Tree) -> None:
     fails("set data.format: splits", tree(pairs(["a"], "train")))
     fails("set data.format: folder", tree(pairs(["a"]), name="flat"), format="splits")
@@ -307,6 +328,7 @@ def test_data_with_own_splits_is_not_divided_again(tree: Tree) -> None:
         {"fold": 1},
         {"group": True},
         {"labelled": 0},
+        {"extra": ("more",), "unlabelled": "none"},
         {"scale": (2.0, 0.5)},
         {"folds": 1},
         {"channels": 0},

@@ -143,6 +143,18 @@ def find(layout: Format, root: Path, pool: Pool | None) -> Found:
     return readers[layout](root)
 
 
+def find_images(folder: Path) -> Rows:
+    """All images below a folder, without masks.
+
+    Raises:
+        InputError: there is none, or two differ in their suffix only.
+    """
+    rows = Rows.of(folder, _files(folder).values())
+    if not len(rows):
+        raise InputError(f"data.extra: {folder} is not a folder with images: name another one.")
+    return rows
+
+
 def default_pool(layout: Format, root: Path) -> Pool | None:
     """The training images where data.pool names none: of voc train_aug where SBD's masks are there, else train."""
     if layout == "voc" and (_voc_folder(root) / _AUGMENTED).is_dir():

@@ -30,6 +30,7 @@ from semiseg.data.layouts import (
     bare,
     default_pool,
     find,
+    find_images,
     read_json,
     read_text,
     stem,
@@ -67,6 +68,9 @@ class DataConfig(Options):
     """A count, a share such as 1/8, a file of ids; none or all: every training image that has a mask."""
     unlabelled: Literal["rest", "all", "none"] = "rest"
     """rest: the training images that are not labelled; all: every training image. Masks of these are never opened."""
+    extra: tuple[str, ...] = ()
+    """Folders of further unlabelled images, of other data too, each found like `root`. Every image file below counts:
+    name mapillary/training/images, not mapillary. One folder may be written without a list."""
     split: tuple[float, float, float] | None = None
     """Shares of train, val and test among the images with a mask, where the data has no split of its own."""
     folds: Annotated[int, Field(ge=2)] | None = None
@@ -93,6 +97,11 @@ class DataConfig(Options):
     def _share_as_text(cls, value: object) -> object:
         return str(value) if isinstance(value, float) else value
 
+    @field_validator("extra", mode="before")
+    @classmethod
+    def _one_folder(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         shares = self.split or (1, 0, 0)
@@ -107,6 +116,8 @@ class DataConfig(Options):
         if self.pool is not None and self.pool not in (POOLS[self.format] if self.format in POOLS else ()):
             known = "; ".join(f"{' or '.join(pools)} with data.format: {name}" for name, pools in POOLS.items())
             raise ValueError(f"data.pool is {self.pool}, but it goes with another data.format ({known}): remove it")
+        if self.extra and self.unlabelled == "none":
+            raise ValueError("data.extra names unlabelled images, but data.unlabelled is none: remove one of the two")
         if self.fold >= (self.folds or 1):
             raise ValueError(f"data.fold is {self.fold}: set data.folds above it, or lower it")
         if isinstance(self.labelled, int) and self.labelled < 1:
@@ -155,6 +166,8 @@ def load_data(config: DataConfig, base: Path | None = None) -> Data:
     classes, palette, code = read_classes(config, folder, found)
 
     found, divided = _divide(config, found)
+    for place in config.extra:
+        found, divided = _with_extra(found, Path(place), divided)
     if not len(found.train):
         raise InputError(f"{root} has no training image: add some{_below(found.prefix)}.")
     masked = np.flatnonzero(found.train.masked)
@@ -177,6 +190,13 @@ def load_data(config: DataConfig, base: Path | None = None) -> Data:
     )
 
 
+def _with_extra(found: Found, folder: Path, divided: str) -> tuple[Found, str]:
+    """The same with the images of a folder of other data as unlabelled ones, and how it is divided in words."""
+    rows = find_images(folder)
+    found.notes.append(f"The {len(rows)} images of {folder} are among the unlabelled ones (data.extra).")
+    return replace(found, extra=found.extra + rows), f"{divided} with {len(rows)} further images"
+
+
 def _below(prefix: str) -> str:
     return f" below {prefix} (an image and its mask have the same name)" if prefix else " to the CSV"
 
@@ -184,7 +204,8 @@ def _below(prefix: str) -> str:
 def located(config: DataConfig, base: Path | None) -> DataConfig:
     """The same options with absolute paths, so that they mean the same anywhere.
 
-    `root` is looked for beside `base` (none: the working directory) and in $SEMISEG_DATA; an id file in the data too.
+    `root` and `extra` are looked for beside `base` (none: the working directory) and in $SEMISEG_DATA; an id file in
+    the data too.
     A pool that is left open is named, so that files added later do not change a run.
 
     Raises:
@@ -196,8 +217,9 @@ def located(config: DataConfig, base: Path | None) -> DataConfig:
     if isinstance(labelled, str) and labelled != "all" and _share(labelled) is None:
         folder = root.parent if config.format == "csv" else root
         labelled = str(_find(labelled, [places[0], folder, *places[1:]], "data.labelled"))
+    extra = tuple(str(_find(place, places, "data.extra")) for place in config.extra)
     pool = config.pool or default_pool(config.format, root)
-    return config.model_copy(update={"root": str(root), "labelled": labelled, "pool": pool})
+    return config.model_copy(update={"root": str(root), "labelled": labelled, "extra": extra, "pool": pool})
 
 
 def _shared_data() -> list[Path]:
