@@ -56,6 +56,15 @@ def test_curves_are_a_readable_picture(tmp_path: Path) -> None:
     assert {file.name for file in tmp_path.iterdir()} == {"metrics.csv", "curves.png"}
 
 
+def test_curves_of_more_classes_than_a_legend_has_room_for(tmp_path: Path) -> None:
+    """As with Mapillary's: the curves were squeezed to nothing, with a warning, which is an error here."""
+    with Log(tmp_path, total=10) as log:
+        log.row(9, {"val_miou": 0.5, **{f"val_class {i}": i / 124 for i in range(124)}})
+        log.curves()
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert picture.size == (704, 396)
+
+
 def test_plain_lines_without_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with Log(tmp_path, total=10) as log:
         log.progress(4, {"loss": 0.123456, "loss_unlabelled": 1e-5}, rate=31.44)

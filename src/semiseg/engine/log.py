@@ -19,6 +19,9 @@ from semiseg.files import appending, replacing, write_text
 PANELS = {"loss": "losses", "rate": "learning rates", "val": "validation", "queue/": "keys a class", "": "other"}
 """Which panel of curves.png a metric belongs to, by how its name begins; the first that fits."""
 
+NAMED = 24
+"""Curves of a panel that a legend has room for; of more the first one alone is named, which is the mean of val's."""
+
 BAR = 16
 """Characters of the live bar."""
 
@@ -151,11 +154,13 @@ def _draw(path: Path, panels: dict[str, list[str]], rows: dict[int, dict[str, fl
     figure = Figure(figsize=(6.4 * across, 3.6 * down), layout="constrained")
     for place, title in enumerate(order, start=1):
         axes = figure.add_subplot(down, across, place, title=title, xlabel="step")
-        for name in panels[title]:
+        names = panels[title]
+        named = names if len(names) <= NAMED else names[:1]
+        for name in names:
             steps = [step for step, row in rows.items() if name in row]
             values = [rows[step][name] for step in steps]
             mean = _running_mean(values)
-            (curve,) = axes.plot(steps[-len(mean) :], mean, label=name)
+            (curve,) = axes.plot(steps[-len(mean) :], mean, label=name if name in named else None)
             axes.plot(steps, values, ".-", color=curve.get_color(), alpha=0.3, linewidth=0.7, markersize=3)
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
