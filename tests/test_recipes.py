@@ -59,6 +59,21 @@ NAMES = {
         "train": ["aachen_000000_000019", "aachen_000001_000019", "ulm_000000_000019", "ulm_000001_000019"],
         "val": ["frankfurt_000000_000294", "munster_000000_000019"],
         "test": ["berlin_000000_000019"],
+        "unlabeled": ["troisdorf_000000_000073", "troisdorf_000000_000103", "konigswinter_000000_000000"],
+    },
+    "kitti": {
+        "train": ["000000_10", "000001_10", "000002_10", "000003_10", "000004_10"],
+        "unlabeled": ["000000_10", "000001_10", "000002_10"],
+    },
+    "mapillary": {
+        "train": [
+            "-0C1J9CvgFP4BTVLXNeNZA",
+            "0035fkbjWljhaftpVM37-g",
+            "_1Gn_xkw7sa_i9GU4mkxxQ",
+            "zzyOtqgvBsZrzZz2Zz6tGA",
+        ],
+        "val": ["-1Zz9-0aEJhfG2OCbm2uVQ", "02G5fLNWFtMmiFNEsyFnzg"],
+        "unlabeled": ["--a1LiJdXJdbu8lHhQ0n1A", "0GhR2xUYl5tmaOw5yT8oyA", "zQ51aJdbu8lHhQ0n1AxLiA"],
     },
 }
 CLASSES_OF = {
@@ -67,7 +82,11 @@ CLASSES_OF = {
     "dsb2018": ("background", "nucleus"),
     "voc2012": CLASSES["voc"][0],
     "cityscapes": CLASSES["cityscapes"][0],
+    "kitti": CLASSES["cityscapes"][0],
+    "mapillary": tuple(f"Label {number}" for number in range(65)),
 }
+SPLIT = {"camvid": "test", "dsb2018": "test", "kitti": "test"}
+"""What is reported where it is not val."""
 
 
 def draw(rng: np.random.Generator, classes: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
@@ -101,15 +120,59 @@ def write_voc(folder: Path, rng: np.random.Generator) -> None:
 
 
 def write_cityscapes(folder: Path, rng: np.random.Generator) -> None:
-    """Masks of raw ids (0 to 33) beside the files that come with them; those of test are empty."""
+    """Masks of raw ids (0 to 33) beside the files that come with them; those of test are empty, further ones coarse."""
     for split, names in NAMES["cityscapes"].items():
+        kind = "gtCoarse" if split == "unlabeled" else "gtFine"
         for name in names:
-            place = f"{split}/{name.partition('_')[0]}/{name}"
+            place = f"{split.replace('unlabeled', 'train_extra')}/{name.partition('_')[0]}/{name}"
             image, mask = draw(rng, 34)
             mask[:2] = 3
             save(folder / f"leftImg8bit/{place}_leftImg8bit.png", image)
-            save(folder / f"gtFine/{place}_gtFine_labelIds.png", mask * (split != "test"))
-            save(folder / f"gtFine/{place}_gtFine_color.png", image)
+            save(folder / f"{kind}/{place}_{kind}_labelIds.png", mask * (split != "test"))
+            save(folder / f"{kind}/{place}_{kind}_color.png", image)
+
+
+def write_kitti(folder: Path, rng: np.random.Generator) -> None:
+    """Masks of raw ids (0 to 33) beside coloured ones, and test images without."""
+    for split, names in NAMES["kitti"].items():
+        for name in names:
+            image, mask = draw(rng, 34)
+            mask[:2] = 3
+            place = "testing" if split == "unlabeled" else "training"
+            save(folder / f"data_semantics/{place}/image_2/{name}.png", image)
+            if place == "training":
+                save(folder / f"data_semantics/training/semantic/{name}.png", mask)
+                save(folder / f"data_semantics/training/semantic_rgb/{name}.png", image)
+
+
+def write_mapillary(folder: Path, rng: np.random.Generator) -> None:
+    """As the labels 1.2 came first: 66 in config.json, of which the last is not scored; test images without masks."""
+    colours = default_palette(66)
+    for split, names in NAMES["mapillary"].items():
+        place = {"train": "training", "val": "validation", "unlabeled": "testing"}[split]
+        (folder / place / "labels").mkdir(parents=True)
+        for name in names:
+            image, mask = draw(rng, 66)
+            save(folder / place / f"images/{name}.jpg", image)
+            if place != "testing":
+                write_mask(folder / place / f"labels/{name}.png", mask.clip(max=65), colours)
+    labels = [
+        {
+            "name": f"label--{i}",
+            "readable": f"Label {i}",
+            "color": colours[i],
+            "evaluate": i < 65,
+            "instances": i % 2 == 0,
+        }
+        for i in range(66)
+    ]
+    content = {
+        "version": "1.2",
+        "mapping": "public",
+        "folder_structure": "{split}/{content}/{image_id}",
+        "labels": labels,
+    }
+    (folder / "config.json").write_text(json.dumps(content), encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +182,8 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(0)
     write_voc(folder / "voc2012", rng)
     write_cityscapes(folder / "cityscapes", rng)
+    write_kitti(folder / "kitti", rng)
+    write_mapillary(folder / "mapillary", rng)
     for name, classes in (("camvid", CAMVID), ("idd_lite", IDD_LITE), ("dsb2018", CLASSES_OF["dsb2018"])):
         palette = default_palette(len(classes))
         for split, stems in NAMES[name].items():
@@ -156,7 +221,7 @@ def test_two_steps_an_evaluation_and_a_prediction(
     small += [] if everything else ["data.labelled=2"]
     # Queues in the checkpoint of two steps would be hundreds of MB.
     small += ["method.queue=64", "method.queue_first=64", "method.push=64"] if recipe.method.name == "u2pl" else []
-    small += ["network.encoder=test_resnet"] if recipe.network.encoder.startswith("resnet") else []
+    small += ["network.encoder=test_resnet"] if recipe.network.encoder.startswith("resne") else []
 
     threads = torch.get_num_threads()
     try:
@@ -168,16 +233,18 @@ def test_two_steps_an_evaluation_and_a_prediction(
     data, unlabelled = api.data_of(tmp_path / "run"), recipe.data.unlabelled
     assert model.classes == CLASSES_OF[root]
     assert len(data.labelled) == (4 if everything else 2)
-    rest = 4 - len(data.labelled) + (3 if "unlabeled" in names else 0)
+    rest = 4 - len(data.labelled) + (3 if "unlabeled" in names and recipe.data.pool != "train" else 0)
     assert len(data.unlabelled) == (0 if unlabelled == "none" else rest or 4)
     results = json.loads((tmp_path / "run/results.json").read_text())
-    split = "test" if "test" in names and root != "cityscapes" else "val"
-    assert (results["split"], results["images"]) == (split, len(names[split]))
-    assert results["val_last"]["step"] == 2
+    split = SPLIT[root] if root in SPLIT else "val"
+    held = 1 if recipe.data.folds else len(names[split])
+    assert (results["split"], results["images"]) == (split, held)
+    evaluated = results["val_last"]["step"] if results["val_last"] else None
+    assert evaluated == (None if recipe.data.folds else 2)
 
     rows = data.test if split == "test" else data.val
     done, _, failed = api.predict(model, [row.image for row in rows], tmp_path / "masks")
-    assert (done, failed) == (len(names[split]), {})
+    assert (done, failed) == (held, {})
     for row in rows:
         mask = read_mask(tmp_path / "masks" / f"{row.image.stem}.png", MaskCode(len(model.classes)))
         assert mask.shape == SIZE
