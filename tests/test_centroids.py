@@ -323,7 +323,7 @@ def test_plain_masks_have_places_of_their_own(data: Data, tmp_path: Path) -> Non
     """The same files with another code are another index."""
     swapped = replace(data, code=MaskCode(3, values=((0, 1), (1, 0), (2, 2))))
     rows = data.labelled
-    plain = rows.with_plain_masks(row.mask or Path() for row in rows)
+    plain = rows.with_masks((row.mask or Path() for row in rows), data.code.plain())
     coded, ids = (class_centroids(r, swapped, (16, 16), 20) for r in (rows, plain))
     assert coded.counts.tolist() == ids.counts[[1, 0, 2]].tolist()
 
@@ -387,8 +387,9 @@ def test_places_are_where_pseudo_labels_are_sure(data: Data, tmp_path: Path) -> 
     Image.fromarray(mask).save(tmp_path / "mask.png")
     Image.fromarray(sure).save(tmp_path / "sure.png")
     rows = data.labelled[:1]
-    found = class_centroids(rows.with_plain_masks([tmp_path / "mask.png"], [tmp_path / "sure.png"]), data, (40, 48), 8)
+    pseudo = rows.with_masks([tmp_path / "mask.png"], data.code.plain(), [tmp_path / "sure.png"])
+    found = class_centroids(pseudo, data, (40, 48), 8)
     assert found.counts.tolist() == [0, 1, 0]
     assert (int(found.y[0]), int(found.x[0])) == (13, 35)
-    found = class_centroids(rows.with_plain_masks([tmp_path / "mask.png"]), data, (40, 48), 8)
+    found = class_centroids(replace(pseudo, confidence=None), data, (40, 48), 8)
     assert found.counts.tolist() == [1, 1, 0]

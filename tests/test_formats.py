@@ -75,6 +75,27 @@ def one_sentence(caught: pytest.ExceptionInfo[InputError], *words: object) -> No
 # ----------------------------------------------------------------------------------------------------------------- rows
 
 
+def test_a_mask_read_as_other_classes(tmp_path: Path) -> None:
+    """Each class has a place elsewhere, or is ignored; whatever the encoding."""
+    Image.fromarray(np.array([[0, 1, 2, 255]], np.uint8)).save(tmp_path / "ids.png")
+    to = [7, IGNORE, 7]
+    assert read_mask(tmp_path / "ids.png", MaskCode(3).mapped(to)).tolist() == [[7, IGNORE, 7, IGNORE]]
+    colours = ((1, 0, 0), (2, 0, 0), (3, 0, 0))
+    Image.fromarray(np.array([[colours[2], colours[1]]], np.uint8)).save(tmp_path / "rgb.png")
+    assert read_mask(tmp_path / "rgb.png", MaskCode(3, colours).mapped(to)).tolist() == [[7, IGNORE]]
+
+
+def test_pools_with_codes_of_their_own() -> None:
+    one, two = MaskCode(3).mapped([1, 0, 2]), MaskCode(2)
+    own = Rows.of("/r", ["a", "b"], ["m", "n"])
+    pools = own, own.read_by(one), own.read_by(two), own.read_by(one)
+    both = (pools[0] + pools[1]) + (pools[2] + pools[3])
+    assert [row.code for row in both] == [None, None, one, one, two, two, one, one]
+    assert both.codes == (one, two)
+    assert [row.code for row in both[[4, 0, 7]]] == [two, None, one]
+    assert both.without_masks()[2].code is None
+
+
 def test_rows_give_paths_and_parts() -> None:
     rows = Rows.of("/data", ["a.jpg", "sub/b.jpg", "c.jpg"], ["m/a.png", "", "m/c.png"])
     assert len(rows) == 3

@@ -212,11 +212,11 @@ def test_processes_share_the_images(net: Net, data: Data, tmp_path: Path, monkey
 )
 def test_a_pool_of_masks_and_pseudo_labels(net: Net, data: Data, tmp_path: Path, code: MaskCode) -> None:
     """However the data's own masks are coded, labels are ids."""
-    rows, _ = label(net, data, tmp_path / "labels")
+    rows, _ = label(net, replace(data, code=code), tmp_path / "labels")
     both = data.labelled + rows
-    assert [row.plain for row in both] == [False] * 4 + [True] * 8
-    assert [row.plain for row in both[::-1][:9]] == [True] * 8 + [False]
-    assert both[:4][0].plain is False
+    assert [row.code for row in both] == [None] * 4 + [code.plain()] * 8
+    assert [row.code for row in both[::-1][:9]] == [code.plain()] * 8 + [None]
+    assert both[:4][0].code is None
     last = both[-1]
     assert last.mask is not None
     assert last.confidence is not None
@@ -237,10 +237,10 @@ def test_two_classes_of_which_a_label_shows_one(tmp_path: Path) -> None:
     image, mask = tmp_path / "a.png", tmp_path / "m.png"
     Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(image)
     Image.fromarray(np.array([[0, 255]] * 2, np.uint8)).save(mask)
-    rows = Rows.of(tmp_path, ["a.png"]).with_plain_masks([mask])
+    rows = Rows.of(tmp_path, ["a.png"]).with_masks([mask], MaskCode(2).plain())
     assert open_mask(rows[0], MaskCode(2), None, cache=False).tolist() == [[0, 255]] * 2
     with pytest.raises(InputError, match="0 and 255 only"):
-        open_mask(replace(rows, plain=None)[0], MaskCode(2), None, cache=False)
+        open_mask(replace(rows, code=None)[0], MaskCode(2), None, cache=False)
 
 
 def test_the_card_says_what_labels_depend_on(net: Net, data: Data, tmp_path: Path) -> None:

@@ -55,7 +55,8 @@ class Noted(Session):
         self, net: nn.Module, rows: Rows, data: Data, inference: InferenceConfig, least: float = 0.0, top: int = 1
     ) -> Rows:
         taught.append((self.folder.name, net, inference, least))
-        return rows.with_plain_masks(data.labelled[i % len(data.labelled)].mask or Path() for i in range(len(rows)))
+        masks = (data.labelled[i % len(data.labelled)].mask or Path() for i in range(len(rows)))
+        return rows.with_masks(masks, data.code.plain())
 
 
 notes: list[tuple[str, Supervised, Stream]] = []
@@ -102,7 +103,7 @@ def test_the_ratio_of_an_epoch(case: testing.Case, ratio: float | None, pseudo: 
     (_, _, teacher), (_, _, student) = notes
     assert len(teacher.rows) == 4
     assert len(student.rows) == 12
-    assert [row.plain for row in student.rows] == [False] * 4 + [True] * 8
+    assert [row.code is None for row in student.rows] == [True] * 4 + [False] * 8
     assert epochs(teacher, 3) == [Counter({False: 4})] * 3
     assert epochs(student, 5) == [Counter({False: 4, True: pseudo})] * 5
 

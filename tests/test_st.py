@@ -177,7 +177,9 @@ def student(case: testing.Case, view: StrongConfig, pseudo: int = 8) -> tuple[Re
     data = case.data()
     build = build_of(case.recipe(), data, CPU, case.base)
     masks = [data.labelled[0].mask or Path()] * 8
-    return Retraining(LossConfig(), view, build, data.labelled, data.unlabelled.with_plain_masks(masks)[:pseudo]), data
+    return Retraining(
+        LossConfig(), view, build, data.labelled, data.unlabelled.with_masks(masks, data.code.plain())[:pseudo]
+    ), data
 
 
 @pytest.fixture
@@ -230,7 +232,7 @@ def test_the_epoch_of_a_student(case: testing.Case, pseudo: int, times: int) -> 
     """Every pseudo-labelled image once, and every real one as often as it takes to be as many."""
     method, data = student(case, StrongConfig(), pseudo)
     stream = method.streams(data, 4, (32, 32))["labelled"]
-    assert [row.plain for row in stream.rows] == [False] * 4 + [True] * pseudo
+    assert [row.code is None for row in stream.rows] == [True] * 4 + [False] * pseudo
     size = 4 * times + pseudo
     assert stream.epoch == size
     timetable = _timetable({"labelled": stream}, 3 * size + 4)
@@ -271,7 +273,8 @@ class Noted(Session):
     ) -> Rows:
         assert not rows.masked.any()
         notes.append((self.folder.name, "label", net, list(rows.names), inference, least))
-        return rows.with_plain_masks(Path(f"{self.folder.name}-{name.replace('/', '-')}") for name in rows.names)
+        masks = (Path(f"{self.folder.name}-{name.replace('/', '-')}") for name in rows.names)
+        return rows.with_masks(masks, data.code.plain())
 
 
 notes: list[tuple[Any, ...]] = []

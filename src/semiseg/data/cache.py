@@ -117,7 +117,7 @@ def _open_image(row: Row, channels: int, size: Size, cache: bool) -> tuple[NDArr
 
 def _open_mask(row: Row, code: MaskCode, size: Size, cache: bool) -> tuple[NDArray[np.uint8], Shape]:
     assert row.mask is not None, f"{row.name} has no mask"
-    code = code.plain() if row.plain else code
+    code = row.code or code
     return _resized(row.mask, ("mask", code), size, cache, lambda path: read_mask(path, code), resize_mask)
 
 

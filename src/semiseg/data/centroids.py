@@ -177,5 +177,5 @@ def _kept(rows: Rows, data: Data, tile: tuple[int, int], least: int) -> Path:
                 stat = path.stat()
             except OSError as error:
                 raise InputError(f"{path} cannot be read ({error.strerror}): restore it.") from error
-            key.update(repr((str(path.absolute()), stat.st_mtime_ns, stat.st_size, row.plain)).encode())
+            key.update(repr((str(path.absolute()), stat.st_mtime_ns, stat.st_size, row.code)).encode())
     return cache_dir() / "centroids" / f"{key.hexdigest()}.npz"

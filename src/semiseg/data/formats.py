@@ -1,6 +1,7 @@
 """Files to arrays: images of any depth and channel count, masks in the encodings that people have."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
@@ -42,7 +43,8 @@ class MaskCode:
 
     classes: ids are 0 to classes - 1, at most 255 of them; colours: of each class in RGB masks, class 0 first;
     values: (raw value, id or IGNORE) pairs, and a raw value that has none is an error, while without `values` the raw
-    values are the ids; a raw 255 is IGNORE unless `values` lists it; ignored: colours that become IGNORE.
+    values are the ids; a raw 255 is IGNORE unless `values` lists it; ignored: colours that become IGNORE;
+    to: the id, or IGNORE, that each class has elsewhere, which is what is read then.
     Raises InputError where the parts contradict one another.
     """
 
@@ -50,6 +52,7 @@ class MaskCode:
     colours: tuple[Colour, ...] | None = None
     values: tuple[tuple[int, int], ...] | None = None
     ignored: tuple[Colour, ...] = ()
+    to: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.classes <= IGNORE:
@@ -74,6 +77,11 @@ class MaskCode:
         """That of masks which hold the same classes' ids as they are, and IGNORE."""
         return MaskCode(self.classes, values=tuple((label, label) for label in range(self.classes)))
 
+    def mapped(self, to: Sequence[int]) -> "MaskCode":
+        """That of the same masks read as other classes; `to`: for each class an id, or IGNORE."""
+        assert len(to) == self.classes, "every class has a place, or is ignored"
+        return replace(self, to=tuple(to))
+
 
 def read_image(path: Path, channels: int) -> Pixels:
     """Decodes an image as it is shown: palette and CMYK to RGB, alpha dropped, turned as EXIF says.
@@ -93,12 +101,21 @@ def read_image(path: Path, channels: int) -> Pixels:
 
 
 def read_mask(path: Path, code: MaskCode) -> NDArray[np.uint8]:
-    """Decodes a mask to class ids, (H, W) uint8 below code.classes or IGNORE; turned as EXIF says.
+    """Decodes a mask to class ids, (H, W) uint8 below code.classes (or of code.to), or IGNORE; turned as EXIF says.
 
     Palette files give their indices, whatever the colours; grey ones of 1 to 16 bits their values; alpha is dropped;
     RGB ones are read by code.colours, or where there are none as grey if all channels agree; .npy (H, W) integers.
     Raises InputError for a damaged file, and for colours or values that `code` does not know.
     """
+    label = _ids(path, code)
+    if code.to is None:
+        return label
+    elsewhere = np.full(256, IGNORE, np.uint8)
+    elsewhere[: code.classes] = code.to
+    return elsewhere[label]
+
+
+def _ids(path: Path, code: MaskCode) -> NDArray[np.uint8]:
     raw, alpha = _decode(path, raw=True)
     if raw.dtype.kind not in "biu":
         raise InputError(f"{path}: has {raw.dtype} values; save the mask with 8 or 16 bits, one class id a pixel.")

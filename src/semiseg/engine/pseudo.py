@@ -87,7 +87,7 @@ def pseudo_label(
     told = Report(**json.loads(report.read_text(encoding="utf-8")))
     good = [i for i, job in enumerate(jobs) if str(job.source) not in told.failed]
     labels, sure = ([_file(folder, kind, i).absolute() for i in good] for kind in ("labels", "confidence"))
-    return rows[good].with_plain_masks(labels, sure), told
+    return rows[good].with_masks(labels, data.code.plain(), sure), told
 
 
 @dataclass(frozen=True)
