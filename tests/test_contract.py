@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from needs import needed
 
 from semiseg import testing
 from semiseg.methods import METHODS
@@ -40,10 +41,20 @@ MOVES: Mapping[str, Mapping[str, Sequence[Move]]] = {
         "scales": (Move([0.5, 1.0]),),
     },
     "st++": {"snapshots": (Move(2),)},
+    "transfer": {
+        "least": (Move(0.6),),
+        "least_new": (Move(0.6),),
+        "doubt": (Move(0.3),),
+        "shares": (Move([1.0, 2.0, 1.0]), Move([0.0, 1.0, 1.0])),
+        "tile": (Move([8, 8]),),
+        "least_pixels": (Move(300),),
+        "scales": (Move([0.5, 1.0]),),
+    },
 }
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "u2pl": {"least": 0.0, "width": 16, "queue": 100, "queue_first": 150, "push": 40, "anchors": 64, "keys": 20},
     "selftraining": {"least_pixels": 8},
+    "transfer": {"least_pixels": 8},
 }
 """What would sleep in so short a run: no class but one has anchors, and no queue is full."""
 SELECTING: Mapping[str, tuple[Mapping[str, Any], Sequence[str]]] = {
@@ -53,7 +64,11 @@ SELECTING: Mapping[str, tuple[Mapping[str, Any], Sequence[str]]] = {
     "u2pl": ({"weight": 0.0}, ["reliable"]),  # anchors and keys are drawn by each process: see test_processes.py
 }
 """More options, by which some pixels are selected from the first steps on, and the scalar that tells their share."""
-IDLE: Mapping[str, Mapping[str, str]] = {}
+NO_RUN = "there is no other run here: see test_transfer.py"
+IDLE: Mapping[str, Mapping[str, str]] = {
+    "selftraining": {"teacher": NO_RUN},
+    "transfer": {"teacher": NO_RUN, "source": "other data: see test_transfer.py", "classes": "the same"},
+}
 WITHOUT_UNLABELLED = {"supervised"}
 
 every_method = pytest.mark.parametrize("method", METHODS)
@@ -65,7 +80,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def case_of(method: str, folder: Path) -> Case:
-    return Case(method, folder, OPTIONS[method] if method in OPTIONS else {})
+    return Case(method, folder, {**(OPTIONS[method] if method in OPTIONS else {}), **needed(method, folder)})
 
 
 @every_method

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from needs import needed
 
 from semiseg import testing
 from semiseg.methods import METHODS
@@ -17,7 +18,7 @@ FOLDER = Path(__file__).with_name("golden")
 
 def record(method: str, folder: Path) -> str:
     """One line a step: `name=value` of everything that the step returns."""
-    steps = testing.losses(testing.Case(method, folder))
+    steps = testing.losses(testing.Case(method, folder, needed(method, folder)))
     return "".join(" ".join(f"{name}={value:.12g}" for name, value in step.items()) + "\n" for step in steps)
 
 

@@ -246,7 +246,7 @@ def test_two_classes_of_which_a_label_shows_one(tmp_path: Path) -> None:
 def test_the_card_says_what_labels_depend_on(net: Net, data: Data, tmp_path: Path) -> None:
     label(net, data, tmp_path)
     card = json.loads((tmp_path / "labels.json").read_text())
-    assert card.keys() == {"teacher", "images", "classes", "size", "inference", "least", "top"}
+    assert card.keys() == {"teacher", "images", "classes", "size", "inference", "least", "top", "merge"}
 
 
 def test_soft_labels_have_the_probabilities_of_the_best_classes(net: Net, data: Data, tmp_path: Path) -> None:

@@ -219,6 +219,7 @@ def test_two_steps_an_evaluation_and_a_prediction(
     ]  # fmt: skip
     everything = recipe.data.labelled == "all"
     small += [] if everything else ["data.labelled=2"]
+    small += ["method.source.size=[40,56]"] if recipe.method.name == "transfer" else []
     # Queues in the checkpoint of two steps would be hundreds of MB.
     small += ["method.queue=64", "method.queue_first=64", "method.push=64"] if recipe.method.name == "u2pl" else []
     small += ["network.encoder=test_resnet"] if recipe.network.encoder.startswith("resne") else []

@@ -24,7 +24,7 @@ from semiseg.data.check import check as check_data
 from semiseg.data.formats import read_image
 from semiseg.data.loader import first_step
 from semiseg.data.sampling import Phase, Stream
-from semiseg.data.splits import Data, load_data, located
+from semiseg.data.splits import Data, DataConfig, load_data, located
 from semiseg.engine import checkpoint
 from semiseg.engine import compare as comparing
 from semiseg.engine import evaluate as evaluating
@@ -267,26 +267,27 @@ def _opening(recipe: Recipe, data: Data, device: torch.device) -> str:
 def _resolve(recipe: Recipe, base: Path | None, out: Path) -> tuple[Recipe, list[Path]]:
     """Relative paths made absolute; the second value are the user's own code files, of which the run keeps a copy."""
     stored = out / "recipe.yaml"
-    begun = load_recipe(stored) if stored.exists() else None
-    options = recipe.method.options
-    before = dict(begun.method.options) if begun else {}
-    others = {
-        name: _found(value, base, before.get(name)) for name, value in options if isinstance(value, NetworkConfig)
-    }
-    network = _found(recipe.network, base, begun.network if begun else None)
-    names = [recipe.method.name, *(some.name for some in (network, *others.values()))]
-    places = [name.rpartition(":")[0] for name in names]
-    method = recipe.method.model_copy(update={"options": options.model_copy(update=others)})
+    begun = load_recipe(stored) if stored.exists() else recipe
+    options, before = recipe.method.options, dict(begun.method.options)
+    found = {name: _found(value, base, before.get(name), f"method.{name}") for name, value in options}
+    network = _found(recipe.network, base, begun.network, "network.weights")
+    networks = [value for value in (network, *found.values()) if isinstance(value, NetworkConfig)]
+    places = [name.rpartition(":")[0] for name in (recipe.method.name, *(some.name for some in networks))]
+    method = recipe.method.model_copy(update={"options": options.model_copy(update=found)})
     changed = {"data": located(recipe.data, base), "network": network, "method": method}
     return recipe.model_copy(update=changed), [code_file(place, base) for place in places if place.endswith(".py")]
 
 
-def _found(network: NetworkConfig, base: Path | None, begun: NetworkConfig | None) -> NetworkConfig:
-    """The network with the absolute path of its weights; that of the run that goes on, whatever has become of it."""
-    if network.weights in ("pretrained", "random"):
-        return network
-    path = find_weights(network.weights, base, begun.weights if begun else None)
-    return network.model_copy(update={"weights": str(path.resolve())})
+def _found(value: Any, base: Path | None, begun: Any, option: str) -> Any:
+    """An option's value with absolute paths; of weights and runs as the run began, whatever became of them."""
+    if isinstance(value, DataConfig):
+        return located(value, base)
+    if isinstance(value, Path):
+        return find_weights(str(value), base, str(begun), option).resolve()
+    if not isinstance(value, NetworkConfig) or value.weights in ("pretrained", "random"):
+        return value
+    weights = begun.weights if isinstance(begun, NetworkConfig) else None
+    return value.model_copy(update={"weights": str(find_weights(value.weights, base, weights).resolve())})
 
 
 def _for_folder(recipe: Recipe, out: Path, copies: list[Path]) -> Recipe:

@@ -39,7 +39,7 @@ from semiseg import methods, parallel
 from semiseg.config import Recipe, build_of, override, parse
 from semiseg.data.formats import write_mask
 from semiseg.data.sampling import Stream
-from semiseg.data.splits import Data, load_data
+from semiseg.data.splits import Data, DataConfig, load_data
 from semiseg.engine.log import Log
 from semiseg.engine.session import Session, Trainable
 from semiseg.methods import StepMethod
@@ -743,7 +743,7 @@ def _options(config: Options, before: str = "") -> Iterator[tuple[str, tuple[Any
     """Every option by dotted name: its value, and the moves that are known here."""
     for name in type(config).model_fields:
         value = getattr(config, name)
-        if isinstance(value, Options):
+        if isinstance(value, Options) and not isinstance(value, DataConfig):
             yield from _options(value, f"{before}{name}.")
         elif isinstance(config, LossConfig) and name in _LOSS:
             own = [Move(m.value, {before + k: v for k, v in m.beside.items()}) for m in _LOSS[name]]

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from rich.progress import track
+from torch import Tensor
 
 from semiseg import parallel
 from semiseg.data.cache import resize_image, target_size
@@ -17,6 +18,7 @@ from semiseg.data.formats import read_image, write_mask
 from semiseg.data.splits import IMAGE_SUFFIXES
 from semiseg.engine.evaluate import Network, ahead, probabilities, to_tensor
 from semiseg.files import replacing
+from semiseg.ops.pseudo import Pair
 from semiseg.ops.resize import resize
 from semiseg.types import IGNORE, InferenceConfig, InputError
 
@@ -38,7 +40,7 @@ class Prediction:
 class Predictor:
     """A network with everything it needs to read an image as it was trained."""
 
-    net: Network
+    net: Network | Pair
     classes: tuple[str, ...]
     palette: tuple[tuple[int, int, int], ...]
     channels: int
@@ -46,17 +48,24 @@ class Predictor:
     inference: InferenceConfig
     device: torch.device
     top: int = 1
-    """Classes a pixel that are kept."""
+    """Classes a pixel that are kept; of a Pair one."""
 
     def __call__(self, image: NDArray[np.generic]) -> Prediction:
         """Predicts one image (H, W, N) uint8 or uint16."""
         height, width = image.shape[:2]
-        small = resize_image(image, target_size(self.size, (height, width)))
-        probs = resize(probabilities(self.net, to_tensor(small).to(self.device), self.inference), (height, width))
-        if self.top == 1:
-            confidence, label = probs[0].max(0)
+        small = to_tensor(resize_image(image, target_size(self.size, (height, width)))).to(self.device)
+
+        def probs_of(net: Network) -> Tensor:
+            return resize(probabilities(net, small, self.inference), (height, width))[0]
+
+        if isinstance(self.net, Pair):
+            label, confidence = self.net.merge(probs_of(self.net.first), probs_of(self.net.second))
             return Prediction(label.to(torch.uint8).cpu().numpy(), confidence.float().cpu().numpy())
-        values, labels = probs[0].topk(self.top, dim=0)
+        probs = probs_of(self.net)
+        if self.top == 1:
+            confidence, label = probs.max(0)
+            return Prediction(label.to(torch.uint8).cpu().numpy(), confidence.float().cpu().numpy())
+        values, labels = probs.topk(self.top, dim=0)
         ids = labels.to(torch.uint8)
         soft = torch.cat([(values[1:] * 255).round().to(torch.uint8), ids[1:]])
         return Prediction(ids[0].cpu().numpy(), values[0].float().cpu().numpy(), soft.cpu().numpy())

@@ -23,6 +23,7 @@ from semiseg.data.splits import Data
 from semiseg.engine.evaluate import ahead
 from semiseg.engine.predict import Job, Predictor, run_jobs
 from semiseg.files import sweep, write_json
+from semiseg.ops.pseudo import Pair
 from semiseg.types import InferenceConfig, InputError, some
 
 CARD, REPORT = "labels.json", "report.json"
@@ -43,7 +44,7 @@ def pseudo_label(
     """Writes a label and a confidence map for each row below `folder`, or goes on with what is there.
 
     Args:
-        net: the teacher; it stays in the mode it is in.
+        net: the teacher, or two as a Pair; it stays in the mode it is in.
         rows: images, with or without masks; masks are not opened.
         data: classes, channels and size.
         folder: of these labels alone.
@@ -58,7 +59,8 @@ def pseudo_label(
     Raises:
         InputError: the folder holds labels of another teacher, of other images or by other options.
     """
-    _claim(folder, {**fingerprint(net, rows, data, inference), "least": least, "top": top})
+    merge = repr(net.merge) if isinstance(net, Pair) else None
+    _claim(folder, {**fingerprint(net, rows, data, inference), "least": least, "top": top, "merge": merge})
     jobs = [
         Job(
             row.image,

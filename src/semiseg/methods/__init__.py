@@ -11,6 +11,7 @@ from semiseg.methods.selftraining import SelfTraining
 from semiseg.methods.st import ST
 from semiseg.methods.stplusplus import STPlusPlus
 from semiseg.methods.supervised import Supervised
+from semiseg.methods.transfer import Transfer
 from semiseg.methods.u2pl import U2PL
 from semiseg.networks.factory import load_object
 from semiseg.types import InputError, Options, nearest
@@ -23,6 +24,7 @@ METHODS: dict[str, type[Method]] = {
     "cutmixseg": CutMixSeg,
     "u2pl": U2PL,
     "selftraining": SelfTraining,
+    "transfer": Transfer,
     "st": ST,
     "st++": STPlusPlus,
 }
@@ -58,7 +60,8 @@ def _describe(config: type[Options], before: str) -> dict[str, tuple[str, str]]:
             found |= _describe(type(field.default), f"{before}{name}.")
         else:
             plain = list(field.default) if isinstance(field.default, tuple) else field.default
-            found[before + name] = (str(plain), " ".join((field.description or "").split()))
+            default = "(must be given)" if field.is_required() else str(plain)
+            found[before + name] = (default, " ".join((field.description or "").split()))
     return found
 
 
@@ -76,6 +79,7 @@ __all__ = [
     "SelfTraining",
     "StepMethod",
     "Supervised",
+    "Transfer",
     "describe",
     "find",
 ]

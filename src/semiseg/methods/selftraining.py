@@ -12,6 +12,7 @@ What stays per process where there are several: batch norm's statistics on CPUs;
 """
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Self
 
 from pydantic import Field, model_validator
@@ -35,6 +36,8 @@ class SelfTraining(Method):
         """Options of `method: {name: selftraining}`."""
 
         loss: LossConfig = LossConfig()
+        teacher: Path | None = None
+        """A run, or its model, that is the first teacher: its classes are the data's. None: one is trained."""
         teacher_network: NetworkConfig | None = None
         """The first teacher's, by the options of `network`; none: the same as the students', which `network` has."""
         rounds: Annotated[int, Field(ge=1)] = 1
@@ -60,6 +63,8 @@ class SelfTraining(Method):
 
         @model_validator(mode="after")
         def _consistent(self) -> Self:
+            if self.teacher is not None and self.teacher_network is not None:
+                raise ValueError("teacher and teacher_network exclude each other: remove one")
             if self.top > 1 and self.loss.kind == "ohem":
                 raise ValueError("top needs loss.kind: ce or ce+dice, for ohem has no form for soft labels")
             return self
@@ -76,13 +81,27 @@ class SelfTraining(Method):
             raise InputError(
                 "The method labels unlabelled images, and there is none: change data.unlabelled or method."
             )
-        teacher = self.build if c.teacher_network is None else replace(self.build, config=c.teacher_network)
-        net = self._train(session.stage("teacher"), teacher, data, data.labelled, 0)
+        net = self._given(c.teacher, data) if c.teacher is not None else self._teacher(session, data)
         for number in range(1, c.rounds + 1):
             stage = session.stage(f"round-{number}")
             inference = session.inference.model_copy(update={"flip": c.flip, "scales": c.scales})
             pseudo = stage.pseudo_label(net, data.unlabelled, data, inference, c.least, self._top(data))
             net = self._train(stage, self.build.again(number), data, data.labelled + pseudo, len(pseudo))
+        return net
+
+    def _teacher(self, session: Session, data: Data) -> nn.Module:
+        network = self.config.teacher_network
+        build = self.build if network is None else replace(self.build, config=network)
+        return self._train(session.stage("teacher"), build, data, data.labelled, 0)
+
+    def _given(self, path: Path, data: Data) -> nn.Module:
+        """A teacher that was trained elsewhere."""
+        net, classes = self.build.trained(path, "method.teacher")
+        if classes != data.classes:
+            raise InputError(
+                f"method.teacher: {path} knows {', '.join(classes)}, but the data {', '.join(data.classes)}: "
+                "name a run with the same classes in the same order, or take method: transfer."
+            )
         return net
 
     def _train(self, session: Session, build: Build, data: Data, rows: Rows, pseudo: int) -> nn.Module:

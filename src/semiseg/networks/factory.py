@@ -155,6 +155,28 @@ class Build:
         """
         return replace(self, seed=self.seed + SALT * number)
 
+    def trained(self, path: Path, option: str) -> tuple[SegNet | Wrapped, tuple[str, ...]]:
+        """The network of another run as it was delivered, in eval mode on the device, and its classes.
+
+        Args:
+            path: of the run, or of its model.
+            option: by which the user names it.
+
+        Raises:
+            InputError: there is no model, or one for images with other channels.
+        """
+        found = find_weights(str(path), self.base, option=option)
+        _, card = read_model(model_folder(found))
+        if card["channels"] != self.channels:
+            raise InputError(
+                f"{option}: {found} is for images of {card['channels']} channels, but data.channels is "
+                f"{self.channels}: name a run on images like yours."
+            )
+        names = tuple(card["classes"])
+        config = NetworkConfig(**card["network"] | {"weights": str(found)})
+        own = replace(self, classes=len(names), names=names, config=config, base=found)
+        return own.network().eval(), names
+
     def critic(self, kind: Kind = "pixel", scale: float = 1.0, salt: int = 1) -> Critic:
         """A new critic on the device, its random weights from (seed, salt)."""
         with _drawn_from(self.seed, salt):
@@ -459,13 +481,14 @@ def _probe(address: str) -> None:
         raise ConnectionError(f"{address} cannot be reached") from errors[0]
 
 
-def find_weights(text: str, base: Path | None, begun: str | None = None) -> Path:
-    """The file or the run that `network.weights` names: absolute, or in one of the places that are searched.
+def find_weights(text: str, base: Path | None, begun: str | None = None, option: str = "network.weights") -> Path:
+    """The file or the run that an option names: absolute, or in one of the places that are searched.
 
     Args:
-        text: the option.
+        text: the option's value.
         base: the recipe's folder, searched first; then the working folder and $SEMISEG_DATA.
         begun: the absolute path that a run began with, if it goes on: taken also where nothing is left there.
+        option: named in errors.
 
     Raises:
         InputError: nothing is there, or a folder without a model.
@@ -480,14 +503,15 @@ def find_weights(text: str, base: Path | None, begun: str | None = None) -> Path
     for path in paths:
         if path.is_dir() and not (model_folder(path) / CARD).is_file():
             raise InputError(
-                f"network.weights: {path} is a folder without a model: name a run, or a .safetensors file."
+                f"{option}: {path} is a folder without a model: name a run"
+                f"{', or a .safetensors file' * (option == 'network.weights')}."
             )
         if path.exists():
             return path
     searched = " and ".join(map(str, places))
     raise InputError(
-        f"network.weights: {text} is not there (looked for in {searched}); "
-        "correct the path, or write pretrained or random."
+        f"{option}: {text} is not there (looked for in {searched}); correct the path"
+        f"{', or write pretrained or random' * (option == 'network.weights')}."
     )
 
 

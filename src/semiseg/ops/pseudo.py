@@ -1,7 +1,9 @@
-"""Labels from logits."""
+"""Labels from logits and from probabilities."""
+
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from semiseg.types import IGNORE
 
@@ -21,6 +23,54 @@ def pseudo_label(logits: Tensor) -> tuple[Tensor, Tensor]:
     wide = logits if logits.dtype == torch.float64 else logits.float()
     confidence, label = wide.softmax(1).max(1)
     return label, confidence
+
+
+@dataclass(frozen=True)
+class Merge:
+    """What two teachers say of an image, in the classes of the second: the first knows those of another data set.
+
+    The second decides where it sees a new class, one that the first cannot mean; elsewhere the first does. A pixel
+    where neither may is IGNORE.
+
+    to: the place of each of the first teacher's classes among the second's, or IGNORE; least, least_new: confidence
+    that the first needs, and the second for a new class; doubt: largest probability of all new classes together, by
+    the second, at which the first may decide: a new class looks like something to it too.
+    """
+
+    to: tuple[int, ...]
+    least: float = 0.0
+    least_new: float = 0.0
+    doubt: float = 1.0
+
+    @torch.no_grad()
+    def __call__(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        """Probabilities (len(to), H, W) and (C, H, W) -> label (H, W) int64, a class or IGNORE, and its confidence.
+
+        Of a pixel without a label it is the larger of the two.
+        """
+        classes = len(second)
+        place = torch.tensor([classes if t == IGNORE else t for t in self.to], device=first.device)
+        known = first.new_zeros((classes + 1, *first.shape[1:])).index_add_(0, place, first)
+        is_new = torch.ones(classes, dtype=torch.bool, device=first.device)
+        is_new[place[place < classes]] = False
+        sure, label = known.max(0)
+        sure_new, label_new = second.max(0)
+        new = is_new[label_new] & (sure_new >= self.least_new)
+        old = (label < classes) & (sure >= self.least) & (second[is_new].sum(0) <= self.doubt)
+        merged = torch.where(new, label_new, label.masked_fill(~old, IGNORE))
+        confidence = torch.where(new, sure_new, torch.where(old, sure, torch.maximum(sure, sure_new)))
+        return merged, confidence
+
+
+class Pair(nn.Module):
+    """Two teachers that label together by `merge`: `first` of other classes than the data's, `second` of its own.
+
+    It has no output of its own: who labels asks both networks.
+    """
+
+    def __init__(self, first: nn.Module, second: nn.Module, merge: Merge) -> None:
+        super().__init__()
+        self.first, self.second, self.merge = first, second, merge
 
 
 def one_hot(mask: Tensor, classes: int, smoothing: float = 0.0, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -1,0 +1,178 @@
+"""Self-training from one data set to another with other classes: two teachers label, and a student learns from all.
+
+Zhu et al., "Improving Semantic Segmentation via Efficient Self-Training", 2020 (arXiv:2004.14960), go from Cityscapes
+to Mapillary, which has more classes and few of whose masks are used; the way there is not published. Here:
+
+1. `source`: a teacher of the source's classes learns from the source's masks.
+2. `target`: it is fine-tuned on the target's few masks, and knows all of the target's classes then.
+3. Both label the target's other images. A new class, one that no class of the source means, is the second's to see; the
+   rest is the first's, which has seen far more masks (ops.pseudo.Merge).
+4. `student`: a new network learns from the source's masks, the target's masks and the labels.
+
+The file of classes says which class of the target each of the source's means. One that may hold a new class too means
+none: its pixels are ignored, for as examples of anything else they would teach the student not to see the new class.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Self
+
+import numpy as np
+import yaml
+from pydantic import Field, model_validator
+from torch import nn
+
+from semiseg.data.centroids import class_centroids
+from semiseg.data.check import class_pixels
+from semiseg.data.rows import Rows
+from semiseg.data.sampling import Mixture, Part, Phase, Stream
+from semiseg.data.splits import Data, DataConfig, load_data
+from semiseg.methods.base import Method, Session
+from semiseg.methods.labelled import LossConfig
+from semiseg.methods.supervised import Supervised
+from semiseg.networks.factory import Build
+from semiseg.networks.weights import load_network
+from semiseg.ops.pseudo import Merge, Pair
+from semiseg.types import IGNORE, InputError, Options, Portion, Side, nearest, some
+
+Weight = Annotated[float, Field(ge=0)]
+
+
+class Transfer(Method):
+    """A source with all its masks, a target with few: a teacher of each, and a student of both."""
+
+    class Config(Options):
+        """Options of `method: {name: transfer}`; `data` is the target."""
+
+        source: DataConfig
+        """The source, by the options of `data`; its labelled images count. Crops are drawn as `data` says."""
+        classes: Path
+        """A YAML file: for each class of the source the target's class that it means, or null for none."""
+        teacher: Path | None = None
+        """A run on the source, or its model, that is the first teacher; none: one is trained."""
+        loss: LossConfig = LossConfig()
+        least: Portion = 0.0
+        """Confidence that the first teacher needs to label a pixel."""
+        least_new: Portion = 0.0
+        """Confidence that the second teacher needs to label a pixel as a new class."""
+        doubt: Portion = 0.2
+        """Probability of all new classes together, by the second teacher, above which the first may not decide."""
+        shares: tuple[Weight, Weight, Weight] = (1.0, 1.0, 1.0)
+        """The student's samples of the source, of the target's masks and of its labels: their relation."""
+        centred: Portion = 0.5
+        """Share of the crops that are drawn around a place of a class, every class alike."""
+        tile: tuple[Side, Side] | None = None
+        """(H, W) in px of the tiles that have a place for each of their classes; none: the crop's."""
+        least_pixels: Side = 64
+        """Pixels of a class in a tile that make a place."""
+        flip: bool = False
+        """The teachers label the mirrored image too, and the mean counts."""
+        scales: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (1.0,)
+        """And the image resized by these factors."""
+
+        @model_validator(mode="after")
+        def _consistent(self) -> Self:
+            if not sum(self.shares):
+                raise ValueError("shares are all 0: the student needs something to learn from")
+            return self
+
+    paper = "Zhu et al., 2020, to a domain with other classes"
+
+    def __init__(self, config: Config, build: Build) -> None:
+        self.config, self.build = config, build
+        build.network()  # every stage makes its own later: what they start from is said, or refused, before the first
+
+    def fit(self, session: Session, data: Data) -> nn.Module:
+        c = self.config
+        source = load_data(c.source)
+        to = self._places(source, data)
+        unlabelled = data.unlabelled[~np.isin(data.unlabelled.names, data.labelled.names)]
+        if not len(unlabelled):
+            raise InputError(
+                "The method labels unlabelled images, and there is none: change data.unlabelled or method."
+            )
+
+        first = self._first(session, source)
+        second = self._second(session, first, source, data, to)
+        stage = session.stage("student")
+        inference = session.inference.model_copy(update={"flip": c.flip, "scales": c.scales})
+        pair = Pair(first, second, Merge(to, c.least, c.least_new, c.doubt))
+        pseudo = stage.pseudo_label(pair, unlabelled, data, inference)
+        if not len(pseudo):
+            raise InputError("No unlabelled image can be read, and the method learns from them: repair or change them.")
+
+        stream = self._stream(stage, data, source.labelled.read_by(source.code.mapped(to)), data.labelled, pseudo)
+        return self._train(stage, self.build.again(2), data, {"labelled": stream})
+
+    def _first(self, session: Session, source: Data) -> nn.Module:
+        """The teacher of the source's classes."""
+        if self.config.teacher is None:
+            names = source.classes
+            build = replace(self.build, classes=len(names), names=names, class_pixels=lambda: class_pixels(source))
+            return self._train(session.stage("source"), build, source)
+        net, classes = self.build.trained(self.config.teacher, "method.teacher")
+        if classes != source.classes:
+            raise InputError(
+                f"method.teacher: {self.config.teacher} knows {', '.join(classes)}, but method.source has "
+                f"{', '.join(source.classes)}: name a run on the source."
+            )
+        return net
+
+    def _second(self, session: Session, first: nn.Module, source: Data, data: Data, to: Sequence[int]) -> nn.Module:
+        """The first teacher, fine-tuned on the target; of classes that mean the same one the first gives its row."""
+        method = self._method(self.build.again(1))
+        names = [f"source: {n}" if t == IGNORE else data.classes[t] for n, t in zip(source.classes, to, strict=True)]
+        told = load_network(method.student, first.state_dict(), "the teacher of the source", names, data.classes)
+        stage = session.stage("target")
+        stage.say(told)
+        return stage.train(method, data)
+
+    def _train(self, session: Session, build: Build, data: Data, streams: dict[str, Stream] | None = None) -> nn.Module:
+        return session.train(self._method(build), data, streams)
+
+    def _method(self, build: Build) -> Supervised:
+        return Supervised(Supervised.Config(loss=self.config.loss), build).to(build.device)
+
+    def _stream(self, session: Session, data: Data, *pools: Rows) -> Stream:
+        """The source's masks, the target's masks and its labels, each with its share of an epoch and its places."""
+        c, train = self.config, session.config
+        total, weights = sum(map(len, pools)), sum(c.shares)
+        parts, rows = [], pools[0][:0]
+        for pool, weight in zip(pools, c.shares, strict=True):
+            if items := round(total * weight / weights):
+                tile = c.tile or train.crop
+                places = class_centroids(pool, data, tile, c.least_pixels, train.workers) if c.centred else None
+                parts.append(Part(len(rows), len(pool), items, places, c.centred))
+                rows = rows + pool
+        return Stream(rows, (Phase(train.crop, train.batch),), mixture=Mixture(tuple(parts)))
+
+    def _places(self, source: Data, data: Data) -> tuple[int, ...]:
+        """The id in the target of each class of the source, or IGNORE.
+
+        Raises:
+            InputError: the file of classes is no such file, or names or lacks a class; or the channels differ.
+        """
+        path = self.config.classes
+        if source.config.channels != data.config.channels:
+            raise InputError(
+                f"method.source has images of {source.config.channels} channels, data of {data.config.channels}: "
+                "set channels to the same number in both."
+            )
+        try:
+            table = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise InputError(f"{path} cannot be read as YAML ({' '.join(str(error).split())}): correct it.") from error
+        if not isinstance(table, dict) or not all(t is None or isinstance(t, str) for t in table.values()):
+            raise InputError(
+                f"{path} is no map of classes: write a line `class of the source: class of the target` each."
+            )
+        lacking = [name for name in source.classes if name not in table]
+        unknown = [name for name in table if name not in source.classes]
+        if lacking or unknown:
+            what = f"lacks {some(lacking)}" if lacking else f"names {some(unknown)}, which the source does not have"
+            raise InputError(f"{path} {what}: give each of the source's classes a line ({', '.join(source.classes)}).")
+        for name in table.values():
+            if name is not None and name not in data.classes:
+                raise InputError(f"{path} names {name}, which is no class of the data; {nearest(name, data.classes)}")
+        return tuple(IGNORE if table[n] is None else data.classes.index(table[n]) for n in source.classes)
