@@ -18,7 +18,7 @@ demo: .venv/.run
 	$(call timed,demo,$(BIN)/semiseg demo)
 
 test: lint
-	$(call timed,tests,$(BIN)/python -m pytest --durations=10)
+	$(call timed,tests,OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --durations=10)
 
 lint: .venv/.dev
 	$(call timed,ruff check,$(RUFF) check .)

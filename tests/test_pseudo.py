@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from semiseg import parallel, testing
-from semiseg.data.cache import open_confidence, open_image, open_mask, open_soft
-from semiseg.data.formats import MaskCode, read_mask
+from semiseg.data.cache import open_confidence, open_image, open_mask, open_soft, resize_mask
+from semiseg.data.formats import MaskCode, read_mask, write_planes
 from semiseg.data.loader import Steps
 from semiseg.data.rows import Rows
 from semiseg.data.sampling import Phase, Stream, Timetable
@@ -255,7 +255,7 @@ def test_soft_labels_have_the_probabilities_of_the_best_classes(net: Net, data: 
     rows, _ = pseudo_label(net, data.unlabelled, data, tmp_path / "soft", PLAIN, CPU, top=3)
     probs = probabilities(net.eval(), to_tensor(open_image(rows[2], 3, None, cache=False)), PLAIN)[0].double()
     mask = open_mask(rows[2], data.code, None, cache=False)
-    soft = open_soft(rows[2], None, 3)
+    soft = open_soft(rows[2], None)
     assert hard[2].mask is not None
     assert np.array_equal(mask, read_mask(hard[2].mask, MaskCode(3)))
     assert soft.shape == (5, *mask.shape)
@@ -263,6 +263,13 @@ def test_soft_labels_have_the_probabilities_of_the_best_classes(net: Net, data: 
     assert np.array_equal(np.concatenate([mask[None], soft[3:]]), order)
     assert np.abs(soft[:3] - 255 * np.take_along_axis(probs.numpy(), order, 0)).max() < 0.51
     assert np.array_equal(open_confidence(rows[2], None), soft[0])
+    for cache in (False, True, True):  # resized, and kept
+        small = open_soft(rows[2], (20, 24), cache)
+        assert np.array_equal(small, np.stack([resize_mask(np.ascontiguousarray(plane), (20, 24)) for plane in soft]))
+    rows[2].soft.write_bytes(rows[2].soft.read_bytes()[:100])
+    with pytest.raises(InputError, match="remove the folder of labels, and they are made anew"):
+        open_soft(rows[2], None)
+    write_planes(rows[2].soft, soft[1:].transpose(1, 2, 0))
 
     both, phase = data.labelled + rows, Phase((32, 32), 12)
     config = data.config.model_copy(update={"scale": (0.5, 2.0)})

@@ -115,6 +115,27 @@ def test_a_teacher_with_another_network(case: testing.Case, tmp_path: Path) -> N
     assert kinds[1] == kinds[2] != "UnetDecoder"
 
 
+def test_no_unlabelled_image_can_be_read(case: testing.Case, tmp_path: Path) -> None:
+    data = case.data()
+    for row in data.unlabelled:
+        row.image.write_bytes(b"no image")
+    with pytest.raises(InputError, match="No unlabelled image can be read"):
+        api.train(case.recipe(steps=2, save_every=2, evaluations=1), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("network", "sentence"),
+    [
+        ({"encodr": "x"}, r"method\.teacher_network\.encodr is unknown; did you mean encoder"),
+        ({"frozen_norm": "some"}, r"method\.teacher_network\.frozen_norm is 'some', but it should be"),
+        ({"name": "unett"}, r"method\.teacher_network: network\.name: unett is unknown"),
+    ],
+)
+def test_a_wrong_network_of_the_teacher(case: testing.Case, network: dict[str, str], sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        fitted(case, teacher_network={"weights": "random", **network})
+
+
 def test_soft_labels(case: testing.Case) -> None:
     """As many classes as there are at most; the teacher's stage has masks alone."""
     fitted(case, top=9)
@@ -171,10 +192,10 @@ def test_a_run_from_the_recipe_to_the_model(
     said = capsys.readouterr().out
     assert "of the pixels have a pseudo-label, of a confidence of at least 0.4" in said
     assert said.count("starts from") == 1
-    assert "crops of an epoch are of images with" in said
+    assert "crops of an epoch, around places, are cut from images that show" in said
     shown = json.loads((tmp_path / "run/round-1/sampling.json").read_text())
     assert shown["samples"] == 12
-    assert list(shown["classes"]) == ["dark", "middle", "bright"] or len(shown["classes"]) == 3
+    assert list(shown["classes"]) == ["ground", "thing", "rare"]
     delivered = load_file(tmp_path / "run/round-1/checkpoints/delivered.safetensors")
     assert isinstance(model.predictor.net, nn.Module)
     tensors: dict[str, Tensor] = model.predictor.net.state_dict()

@@ -116,7 +116,7 @@ def test_a_finished_ranking_is_kept(data: Data, tmp_path: Path) -> None:
     with mock.patch.object(Predictor, "__call__", side_effect=AssertionError("predicted again")):
         assert reliability(nets, data.unlabelled, data, tmp_path, PLAIN, CPU) == first
         for changed, rows in ((nets[1:], data.unlabelled), (nets, data.unlabelled[::-1])):
-            with pytest.raises(InputError, match=r"reliability\.json ranks images by what differs in \w+: remove it"):
+            with pytest.raises(InputError, match=r"reliability\.json ranks images by other \w+: remove it"):
                 reliability(changed, rows, data, tmp_path, PLAIN, CPU)
     kept = json.loads((tmp_path / "reliability.json").read_text(encoding="utf-8"))
     assert dict(zip(kept["names"], kept["scores"], strict=True)).keys() == set(data.unlabelled.names)

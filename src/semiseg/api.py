@@ -222,7 +222,7 @@ def _run(recipe: Recipe, out: Path, base: Path | None, copies: list[Path]) -> No
     for line in (_opening(recipe, data, device), *data.notes):
         print(line)
     session = Session(out, recipe.train, recipe.evaluate, device)
-    session.say(build.report)
+    session.starts_from(build.report)
     net = method.fit(session, data)
 
     split, rows = ("test", data.test) if len(data.test) else ("val", data.val)
@@ -268,9 +268,12 @@ def _resolve(recipe: Recipe, base: Path | None, out: Path) -> tuple[Recipe, list
     """Relative paths made absolute; the second value are the user's own code files, of which the run keeps a copy."""
     stored = out / "recipe.yaml"
     begun = load_recipe(stored) if stored.exists() else recipe
-    options, before = recipe.method.options, dict(begun.method.options)
-    found = {name: _found(value, base, before.get(name), f"method.{name}") for name, value in options}
-    network = _found(recipe.network, base, begun.network, "network.weights")
+    options = recipe.method.options
+    found = {
+        name: _found(value, base, getattr(begun.method.options, name, None), f"method.{name}")
+        for name, value in options
+    }
+    network = _found(recipe.network, base, begun.network, "network")
     networks = [value for value in (network, *found.values()) if isinstance(value, NetworkConfig)]
     places = [name.rpartition(":")[0] for name in (recipe.method.name, *(some.name for some in networks))]
     method = recipe.method.model_copy(update={"options": options.model_copy(update=found)})
@@ -287,7 +290,9 @@ def _found(value: Any, base: Path | None, begun: Any, option: str) -> Any:
     if not isinstance(value, NetworkConfig) or value.weights in ("pretrained", "random"):
         return value
     weights = begun.weights if isinstance(begun, NetworkConfig) else None
-    return value.model_copy(update={"weights": str(find_weights(value.weights, base, weights).resolve())})
+    return value.model_copy(
+        update={"weights": str(find_weights(value.weights, base, weights, f"{option}.weights").resolve())}
+    )
 
 
 def _for_folder(recipe: Recipe, out: Path, copies: list[Path]) -> Recipe:

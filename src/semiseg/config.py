@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import yaml
@@ -254,8 +254,9 @@ def _option(model: type[BaseModel], location: tuple[int | str, ...]) -> tuple[tu
         field = known[str(part)]
         names.append(str(part))
         example = f" such as {list(field.default)}" if isinstance(field.default, tuple) and field.default else ""
-        inner = field.annotation
-        known = inner.model_fields if isinstance(inner, type) and issubclass(inner, BaseModel) else {}
+        kinds = get_args(field.annotation) or (field.annotation,)  # those of `Group | None`, or the one
+        groups = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        known = groups[0].model_fields if groups else {}
     return tuple(names), known, example
 
 

@@ -170,7 +170,8 @@ class Options(BaseModel):
 Side = Annotated[int, Field(gt=0)]
 
 
-def _ascending(limits: tuple[float, float]) -> tuple[float, float]:
+def ascending(limits: tuple[float, float]) -> tuple[float, float]:
+    """The range, for pydantic; ValueError where it goes down."""
     if limits[0] > limits[1]:
         raise ValueError(f"goes from {limits[0]:g} down to {limits[1]:g}: put the smaller number first")
     return limits
@@ -178,7 +179,7 @@ def _ascending(limits: tuple[float, float]) -> tuple[float, float]:
 
 Portion = Annotated[float, Field(ge=0, le=1)]
 """A share, 0..1."""
-Portions = Annotated[tuple[Portion, Portion], AfterValidator(_ascending)]
+Portions = Annotated[tuple[Portion, Portion], AfterValidator(ascending)]
 """A range of shares, smallest and largest."""
 
 

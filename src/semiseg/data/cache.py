@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from semiseg.data.formats import MaskCode, read_image, read_mask
+from semiseg.data.formats import MaskCode, read_image, read_mask, read_planes
 from semiseg.data.rows import Row
 from semiseg.files import replacing
 from semiseg.types import InputError
@@ -72,22 +72,25 @@ def open_mask(row: Row, code: MaskCode, size: Size, cache: bool) -> NDArray[np.u
     return _open_mask(row, code, size, cache)[0]
 
 
-def open_confidence(row: Row, size: Size) -> NDArray[np.uint8]:
+def open_confidence(row: Row, size: Size, cache: bool = False) -> NDArray[np.uint8]:
     """The row's map of confidence at the size asked for, (H, W) uint8, 255: 1. Raises InputError like `read_image`."""
     assert row.confidence is not None, f"{row.name} has no confidence"
-    full = read_image(row.confidence, 1)[..., 0].astype(np.uint8)
-    return resize_mask(full, target_size(size, (full.shape[0], full.shape[1])))
+    return _resized(
+        row.confidence, ("confidence",), size, cache, lambda path: read_image(path, 1)[..., 0], resize_mask
+    )[0]
 
 
-def open_soft(row: Row, size: Size, top: int) -> NDArray[np.uint8]:
+def open_soft(row: Row, size: Size, cache: bool = False) -> NDArray[np.uint8]:
     """A soft pseudo-label without its mask at the size asked for, (2 * top - 1, H, W) uint8, as in types.Labelled.
 
-    Raises InputError like `read_image`.
+    Raises InputError where a file cannot be read.
     """
-    first = open_confidence(row, size)
-    others = read_image(row.soft, 1)[..., 0].astype(np.uint8)
-    planes = others.reshape(2 * top - 2, -1, others.shape[1])
-    return np.stack([first, *(resize_mask(np.ascontiguousarray(plane), first.shape) for plane in planes)])
+    others = _resized(row.soft, ("soft",), size, cache, read_planes, _resize_planes)[0]
+    return np.concatenate([open_confidence(row, size, cache)[None], others.transpose(2, 0, 1)])
+
+
+def _resize_planes(planes: NDArray[np.uint8], shape: Shape) -> NDArray[np.uint8]:
+    return np.stack([resize_mask(np.ascontiguousarray(plane), shape) for plane in planes.transpose(2, 0, 1)], 2)
 
 
 def open_pair(

@@ -1,5 +1,7 @@
 """Files to arrays: images of any depth and channel count, masks in the encodings that people have."""
 
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -139,6 +141,28 @@ def write_mask(path: Path, mask: NDArray[np.uint8], palette: tuple[Colour, ...])
     image.putpalette(colours.tobytes())
     with replacing(path) as part:
         image.save(part, format="PNG")
+
+
+def write_planes(path: Path, planes: NDArray[np.uint8]) -> None:
+    """Writes (H, W, K) uint8 compressed as .npz, whole or not at all."""
+    with replacing(path) as part, part.open("wb") as file:
+        np.savez_compressed(file, planes=planes)
+
+
+def read_planes(path: Path) -> NDArray[np.uint8]:
+    """What `write_planes` wrote.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
+    try:
+        with np.load(BytesIO(path.read_bytes()), allow_pickle=False) as file:
+            planes: NDArray[np.uint8] = file["planes"]
+            return planes
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(
+            f"{path} cannot be read ({error}): remove the folder of labels, and they are made anew."
+        ) from error
 
 
 def _decode(path: Path, raw: bool) -> tuple[Pixels, bool]:

@@ -124,7 +124,7 @@ class Steps(Dataset["Item | InputError"]):
 
     def _open_soft(self, row: Row, mask: Tensor, top: int) -> Tensor:
         if row.confidence is not None:
-            return torch.from_numpy(open_soft(row, self.data.config.size, top))
+            return torch.from_numpy(open_soft(row, self.data.config.size, self.data.config.cache))
         sure = mask.new_zeros((2 * top - 1, *mask.shape))
         sure[0] = 255
         return sure

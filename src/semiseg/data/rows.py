@@ -33,7 +33,7 @@ class Row(NamedTuple):
         """The file of a soft pseudo-label's less probable classes: in a folder beside that of the confidence."""
         assert self.confidence is not None, f"{self.name} has no pseudo-label"
         shard = self.confidence.parent
-        return shard.parents[1] / "soft" / shard.name / self.confidence.name
+        return shard.parents[1] / "soft" / shard.name / f"{self.confidence.stem}.npz"
 
 
 @dataclass(frozen=True, eq=False)

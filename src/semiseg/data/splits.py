@@ -218,6 +218,12 @@ def located(config: DataConfig, base: Path | None) -> DataConfig:
         folder = root.parent if config.format == "csv" else root
         labelled = str(_find(labelled, [places[0], folder, *places[1:]], "data.labelled"))
     extra = tuple(str(_find(place, places, "data.extra")) for place in config.extra)
+    for number, place in enumerate(extra):
+        for other in (str(root), *extra[:number]):
+            if Path(other).is_relative_to(place) or (other in extra and Path(place).is_relative_to(other)):
+                raise InputError(
+                    f"data.extra: {place} and {other} share images: name folders of other data, each once."
+                )
     pool = config.pool or default_pool(config.format, root)
     return config.model_copy(update={"root": str(root), "labelled": labelled, "extra": extra, "pool": pool})
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from semiseg import parallel
 from semiseg.data.cache import resize_image, target_size
-from semiseg.data.formats import read_image, write_mask
+from semiseg.data.formats import read_image, write_mask, write_planes
 from semiseg.data.splits import IMAGE_SUFFIXES
 from semiseg.engine.evaluate import Network, ahead, probabilities, to_tensor
 from semiseg.files import replacing
@@ -32,7 +32,7 @@ class Prediction:
     mask: Image8
     confidence: NDArray[np.float32]
     soft: Image8 | None = None
-    """(2k - 2, H, W), where the predictor keeps k classes a pixel: the probabilities of those behind the first, 255 for
+    """(H, W, 2k - 2), where the predictor keeps k classes a pixel: the probabilities of those behind the first, 255 for
     1, then their ids."""
 
 
@@ -68,7 +68,7 @@ class Predictor:
         values, labels = probs.topk(self.top, dim=0)
         ids = labels.to(torch.uint8)
         soft = torch.cat([(values[1:] * 255).round().to(torch.uint8), ids[1:]])
-        return Prediction(ids[0].cpu().numpy(), values[0].float().cpu().numpy(), soft.cpu().numpy())
+        return Prediction(ids[0].cpu().numpy(), values[0].float().cpu().numpy(), soft.movedim(0, 2).cpu().numpy())
 
 
 def find_images(paths: Iterable[Path]) -> list[tuple[Path, Path]]:
@@ -138,7 +138,7 @@ def predict_files(
 @dataclass(frozen=True)
 class Job:
     """An image, and the files that its results get: mask, and where wanted confidence (0..255), overlay, and `soft`,
-    the planes of Prediction.soft one below the other."""
+    the planes of Prediction.soft."""
 
     source: Path
     mask: Path
@@ -182,7 +182,7 @@ def run_jobs(
         if job.overlay is not None:
             _save(Image.fromarray(blend(image, prediction.mask, predictor.palette)), job.overlay)
         if job.soft is not None and prediction.soft is not None:
-            _save(Image.fromarray(prediction.soft.reshape(-1, prediction.soft.shape[2])), job.soft)
+            write_planes(job.soft, prediction.soft)
         if job.confidence is not None:
             _save(Image.fromarray((prediction.confidence * 255).round().astype(np.uint8)), job.confidence)
         mask = np.where(prediction.confidence < least, np.uint8(IGNORE), prediction.mask) if least else prediction.mask

@@ -66,7 +66,7 @@ def pseudo_label(
             row.image,
             _file(folder, "labels", i),
             _file(folder, "confidence", i),
-            soft=_file(folder, "soft", i) if top > 1 else None,
+            soft=_file(folder, "soft", i).with_suffix(".npz") if top > 1 else None,
         )
         for i, row in enumerate(rows)
     ]

@@ -96,7 +96,7 @@ def reliability(
         parallel.wait()
     ranking = Ranking(**json.loads(path.read_text(encoding="utf-8")))
     if other := differing(ranking.depends, depends):
-        raise InputError(f"{path} ranks images by what differs in {other}: remove it, and they are ranked anew.")
+        raise InputError(f"{path} ranks images by other {other}: remove it, and they are ranked anew.")
     return ranking
 
 

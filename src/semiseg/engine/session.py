@@ -139,16 +139,18 @@ class Session:
     config: TrainConfig
     inference: InferenceConfig
     device: torch.device
+    name: str = field(default="", kw_only=True)
+    """Of a stage of its own."""
     trained: list["Session"] = field(default_factory=list, kw_only=True)
     """The stages that were trained, or found finished, in their order; all stages of a run share the list."""
-    labelled: list[Report | Ranking] = field(default_factory=list, kw_only=True)
+    prepared: list[Report | Ranking] = field(default_factory=list, kw_only=True)
     """Likewise, how labelling and ranking went."""
     said: list[str] = field(default_factory=list, kw_only=True)
-    """Likewise, what `say` has told the user."""
+    """Likewise, what `starts_from` has told the user."""
 
     def stage(self, name: str) -> "Session":
         """A stage of its own: another folder, the same options."""
-        return replace(self, folder=self.folder / name)
+        return replace(self, folder=self.folder / name, name=name)
 
     @property
     def weights(self) -> Path:
@@ -166,12 +168,12 @@ class Session:
             total.seconds += stage.seconds
             total.peak_gb = max(total.peak_gb, stage.peak_gb)
             total.skipped = stage.skipped | total.skipped
-        for report in self.labelled:
+        for report in self.prepared:
             total.seconds += report.seconds
             total.skipped = report.failed | total.skipped
         return total
 
-    def say(self, lines: Iterable[str]) -> None:
+    def starts_from(self, lines: Iterable[str]) -> None:
         """Tells the user what this stage starts from: once, and not where it goes on, as it is no news then."""
         if parallel.rank() == 0 and not any(self.folder.rglob(checkpoint.LAST)):
             for line in lines:
@@ -188,7 +190,7 @@ class Session:
     ) -> Rows:
         """The rows with labels of a network as masks, written to the stage's folder; see `engine.pseudo`."""
         labelled, report = pseudo_label(net, rows, data, self.folder / "pseudo", inference, self.device, least, top)
-        self.labelled.append(report)
+        self.prepared.append(report)
         _say(report.remarks(least))
         return labelled
 
@@ -200,7 +202,7 @@ class Session:
         Kept in the stage's folder; see `engine.reliability`.
         """
         ranking = reliability(nets, rows, data, self.folder, inference, self.device)
-        self.labelled.append(ranking)
+        self.prepared.append(ranking)
         _say([ranking.remark()])
         return ranking.array()
 
@@ -252,8 +254,7 @@ class Session:
         kept = {share: max(1, round(total * share)) for share in (*c.keep, *keep)}
         rank, world = parallel.rank(), parallel.world()
         with Log(self.folder, total, start, rank == 0) as log, _Signals() as signals, memory_errors(smaller(c)):
-            if start:
-                log.line(f"going on at step {start} of {total}")
+            self._tell_start(log, start, total)
             began, before = time.perf_counter(), progress.seconds
 
             def save(done: int, received: int | None) -> None:
@@ -317,6 +318,13 @@ class Session:
         checkpoint.load_weights(self.delivered, method.predictor())
         return method.predictor()
 
+    def _tell_start(self, log: Log, start: int, total: int) -> None:
+        where = f"stage {self.name}: " if self.name else ""
+        if start:
+            log.line(f"{where}going on at step {start} of {total}")
+        elif where:
+            log.line(f"{where}{total} steps")
+
     def _tell_shown(self, streams: Mapping[str, Stream], data: Data) -> None:
         """Writes sampling.json: how many samples of an epoch show each class, drawn alike and around places."""
         mixtures = [stream.mixture for stream in streams.values() if stream.mixture is not None]
@@ -333,8 +341,12 @@ class Session:
         }
         write_json(path, {"samples": samples, "classes": table})
         rarest = sorted((name for name in table if table[name]["places"]), key=lambda name: table[name]["alike"])
-        told = (f"{name} {table[name]['alike']:.1f} -> {table[name]['drawn']:.1f}" for name in rarest[:3])
-        _say([f"of the {samples} crops of an epoch are of images with {', '.join(told)} (without -> with places)"])
+        told = (f"{name} {table[name]['drawn']:.1f} instead of {table[name]['alike']:.1f}" for name in rarest[:3])
+        _say(
+            [f"of the {samples} crops of an epoch, around places, are cut from images that show {', '.join(told)}"]
+            if rarest
+            else ["no class has a place in any image: crops are drawn anywhere"]
+        )
 
     def _restore(self, method: Trainable) -> tuple[int, Progress]:
         """Puts the checkpoint's state into the method; the step to go on with, and the progress so far."""

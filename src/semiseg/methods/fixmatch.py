@@ -15,7 +15,7 @@ from contextlib import nullcontext
 from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor, nn
 
 from semiseg.data.sampling import Phase, Stream
@@ -29,7 +29,7 @@ from semiseg.ops.losses import masked_cross_entropy
 from semiseg.ops.mix import cutmix_box, mix
 from semiseg.ops.norm import kept_statistics
 from semiseg.ops.pseudo import pseudo_label
-from semiseg.types import Clock, Labelled, Options, Portion, Portions, Unlabelled
+from semiseg.types import Clock, Labelled, Options, Portion, Portions, Unlabelled, ascending
 
 Positive = Annotated[float, Field(gt=0)]
 
@@ -56,7 +56,7 @@ class FixMatch(StepMethod):
         """Largest change of brightness, contrast, saturation and hue in the strong view."""
         blur: Portion = 0.5
         """Share of the strong views that are blurred."""
-        sigma: tuple[Positive, Positive] = (0.1, 2.0)
+        sigma: Annotated[tuple[Positive, Positive], AfterValidator(ascending)] = (0.1, 2.0)
         """Range of the blur's standard deviation in px; papers' crops are 321 to 801 px wide, small ones need less."""
         cutmix: Portion = 0.5
         """Share of the images that get a box of another image."""

@@ -9,7 +9,7 @@ import math
 from typing import Annotated
 
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
 from semiseg.data.rows import Rows
@@ -20,7 +20,7 @@ from semiseg.methods.labelled import LabelledLoss, LossConfig
 from semiseg.networks.factory import Build
 from semiseg.ops.colour import strong, to_float
 from semiseg.ops.mix import cutmix_box
-from semiseg.types import IGNORE, Clock, InputError, Labelled, Options, Portion, Portions
+from semiseg.types import IGNORE, Clock, InputError, Labelled, Options, Portion, Portions, ascending
 
 Positive = Annotated[float, Field(gt=0)]
 
@@ -32,7 +32,7 @@ class StrongConfig(Options):
     """Largest change of brightness, contrast, saturation and hue."""
     blur: Portion = 0.5
     """Share of the images that are blurred."""
-    sigma: tuple[Positive, Positive] = (0.1, 2.0)
+    sigma: Annotated[tuple[Positive, Positive], AfterValidator(ascending)] = (0.1, 2.0)
     """Range of the blur's standard deviation in px; papers' crops are 321 to 801 px wide, small ones need less."""
     cutout: Portion = 0.5
     """Share of the images out of which a box is taken: mean colour in the image, no label in the mask."""
@@ -43,7 +43,7 @@ class StrongConfig(Options):
 class Retraining(StepMethod):
     """One loss on real and pseudo-labelled images; an epoch has the real ones as often as it takes to be as many.
 
-    loss, strong: options; build: of this network; real, pseudo: images with masks, and with pseudo-labels as masks.
+    loss, view: options; build: of this network; real, pseudo: images with masks, and with pseudo-labels as masks.
 
     Raises:
         InputError: there is no pseudo-labelled image.

@@ -86,13 +86,21 @@ class SelfTraining(Method):
             stage = session.stage(f"round-{number}")
             inference = session.inference.model_copy(update={"flip": c.flip, "scales": c.scales})
             pseudo = stage.pseudo_label(net, data.unlabelled, data, inference, c.least, self._top(data))
+            if not len(pseudo):
+                raise InputError(
+                    "No unlabelled image can be read, and the method learns from them: repair or change them."
+                )
             net = self._train(stage, self.build.again(number), data, data.labelled + pseudo, len(pseudo))
         return net
 
     def _teacher(self, session: Session, data: Data) -> nn.Module:
-        network = self.config.teacher_network
-        build = self.build if network is None else replace(self.build, config=network)
-        return self._train(session.stage("teacher"), build, data, data.labelled, 0)
+        network, stage = self.config.teacher_network, session.stage("teacher")
+        if network is None:
+            return self._train(stage, self.build, data, data.labelled, 0)
+        try:
+            return self._train(stage, replace(self.build, config=network), data, data.labelled, 0)
+        except InputError as error:
+            raise InputError(f"stage teacher, with method.teacher_network: {error}") from error
 
     def _given(self, path: Path, data: Data) -> nn.Module:
         """A teacher that was trained elsewhere."""
@@ -109,14 +117,14 @@ class SelfTraining(Method):
         train, real = session.config, len(rows) - pseudo
         ratio = self.config.ratio
         parts = [self._part(session, data, rows, 0, real, real)]
-        if pseudo:
+        if pseudo:  # a student, not the teacher
             items = pseudo if ratio is None else max(1, round(ratio * real))
             parts.append(self._part(session, data, rows, real, pseudo, items))
         mixture = Mixture(tuple(parts), self.config.per_batch)
         top = self._top(data) if pseudo else 1
         stream = Stream(rows, (Phase(train.crop, train.batch),), mixture=mixture, top=top)
-        method = Supervised(Supervised.Config(loss=self.config.loss), build).to(build.device)
-        session.say(build.report)
+        method = Supervised.of(self.config.loss, build)
+        session.starts_from(build.report)
         return session.train(method, data, {"labelled": stream})
 
     def _top(self, data: Data) -> int:

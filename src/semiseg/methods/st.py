@@ -44,8 +44,7 @@ class ST(Method):
 
     def __init__(self, config: Config, build: Build) -> None:
         self.config, self.build = config, build
-        # Here and not in `fit`: what the network starts from is told before the first stage.
-        self.teacher = Supervised(Supervised.Config(loss=config.loss), build).to(build.device)
+        build.network()  # every stage makes its own later: what they start from is said, or refused, before the first
         tell_of_colours(build)
 
     def fit(self, session: Session, data: Data) -> nn.Module:
@@ -54,7 +53,7 @@ class ST(Method):
             raise InputError(
                 "The method labels unlabelled images, and there is none: change data.unlabelled or method."
             )
-        teacher = session.stage("teacher").train(self.teacher, data)
+        teacher = session.stage("teacher").train(Supervised.of(c.loss, self.build), data)
         several = session.inference.model_copy(update={"flip": c.flip, "scales": c.scales})
         pseudo = stage.pseudo_label(teacher, data.unlabelled, data, several)
         return stage.train(Retraining(c.loss, c.strong, self.build.again(1), data.labelled, pseudo), data)

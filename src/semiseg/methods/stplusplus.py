@@ -52,8 +52,7 @@ class STPlusPlus(Method):
 
     def __init__(self, config: Config, build: Build) -> None:
         self.config, self.build = config, build
-        # Here and not in `fit`: what the network starts from is told before the first stage.
-        self.teacher = Supervised(Supervised.Config(loss=config.loss), build).to(build.device)
+        build.network()  # every stage makes its own later: what they start from is said, or refused, before the first
         tell_of_colours(build)
 
     def fit(self, session: Session, data: Data) -> nn.Module:
@@ -68,7 +67,7 @@ class STPlusPlus(Method):
         several = session.inference.model_copy(update={"flip": c.flip, "scales": c.scales})
 
         shares = [k / c.snapshots for k in range(1, c.snapshots + 1)]
-        teacher = first.train(self.teacher, data, keep=shares)
+        teacher = first.train(Supervised.of(c.loss, self.build), data, keep=shares)
         reliability = first.reliability([first.kept(share, teacher) for share in shares], unlabelled, data, single)
         reliable, unreliable = halves(reliability)
 

@@ -31,6 +31,11 @@ class Supervised(StepMethod):
         self.loss = LabelledLoss(config.loss, build)
         self.optimizers = {"student": build.optimizer(self.student)}
 
+    @classmethod
+    def of(cls, loss: LossConfig, build: Build) -> "Supervised":
+        """A stage of a method of several, on the device."""
+        return cls(cls.Config(loss=loss), build).to(build.device)
+
     def streams(self, data: Data, batch: int, crop: tuple[int, int]) -> dict[str, Stream]:
         return {"labelled": Stream(data.labelled, (Phase(crop, batch),))}
 

@@ -121,18 +121,15 @@ class Transfer(Method):
 
     def _second(self, session: Session, first: nn.Module, source: Data, data: Data, to: Sequence[int]) -> nn.Module:
         """The first teacher, fine-tuned on the target; of classes that mean the same one the first gives its row."""
-        method = self._method(self.build.again(1))
+        method = Supervised.of(self.config.loss, self.build.again(1))
         names = [f"source: {n}" if t == IGNORE else data.classes[t] for n, t in zip(source.classes, to, strict=True)]
         told = load_network(method.student, first.state_dict(), "the teacher of the source", names, data.classes)
         stage = session.stage("target")
-        stage.say(told)
+        stage.starts_from(told)
         return stage.train(method, data)
 
     def _train(self, session: Session, build: Build, data: Data, streams: dict[str, Stream] | None = None) -> nn.Module:
-        return session.train(self._method(build), data, streams)
-
-    def _method(self, build: Build) -> Supervised:
-        return Supervised(Supervised.Config(loss=self.config.loss), build).to(build.device)
+        return session.train(Supervised.of(self.config.loss, build), data, streams)
 
     def _stream(self, session: Session, data: Data, *pools: Rows) -> Stream:
         """The source's masks, the target's masks and its labels, each with its share of an epoch and its places."""

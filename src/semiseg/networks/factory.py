@@ -351,7 +351,7 @@ class Build:
 
     @cached_property
     def _pretrained(self) -> dict[str, Tensor] | str:
-        """timm's weights of the encoder, or the reason why there are none; asked once for all networks of a run."""
+        """timm's weights of the encoder, or the reason why there are none; asked once."""
         try:
             return _download(self.config.encoder)
         except Exception as error:  # noqa: BLE001 - each source of weights has errors of its own
@@ -504,14 +504,14 @@ def find_weights(text: str, base: Path | None, begun: str | None = None, option:
         if path.is_dir() and not (model_folder(path) / CARD).is_file():
             raise InputError(
                 f"{option}: {path} is a folder without a model: name a run"
-                f"{', or a .safetensors file' * (option == 'network.weights')}."
+                f"{', or a .safetensors file' * option.endswith('weights')}."
             )
         if path.exists():
             return path
     searched = " and ".join(map(str, places))
     raise InputError(
         f"{option}: {text} is not there (looked for in {searched}); correct the path"
-        f"{', or write pretrained or random' * (option == 'network.weights')}."
+        f"{', or write pretrained or random' * option.endswith('weights')}."
     )
 
 
