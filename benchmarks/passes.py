@@ -13,7 +13,18 @@ from semiseg.data.formats import MaskCode
 from semiseg.data.rows import Rows
 from semiseg.data.sampling import Stream
 from semiseg.data.splits import Data, default_palette
-from semiseg.methods import U2PL, AdvSemiSeg, CutMixSeg, FixMatch, MeanTeacher, StepMethod, Supervised
+from semiseg.methods import (
+    CPS,
+    U2PL,
+    AdvSemiSeg,
+    CutMixSeg,
+    FixMatch,
+    MeanTeacher,
+    StepMethod,
+    Supervised,
+    UniMatch,
+    UniMatchV2,
+)
 from semiseg.ops.colour import to_float
 from semiseg.types import VIEW, Clock, InputError, Labelled, Unlabelled
 
@@ -108,6 +119,33 @@ def least_u2pl(method: U2PL, labelled: Labelled, unlabelled: Unlabelled) -> list
     return [teacher, _there_and_back(method.student, [images], of=student)]
 
 
+def least_cps(method: CPS, labelled: Labelled, unlabelled: Unlabelled) -> list[Passes]:
+    """Both students forward and backward on 2B, apart; with CutMix both forward on B before."""
+    images = [labelled.image, to_float(unlabelled.image)]
+    nets = (method.first, method.second)
+    labels = [torch.no_grad()(lambda net=net: net(images[1])) for net in nets] if method.config.cutmix else []
+    return [*labels, *(_there_and_back(net, images) for net in nets)]
+
+
+def least_unimatch(method: UniMatch, labelled: Labelled, unlabelled: Unlabelled) -> list[Passes]:
+    """Student's encoder forward and backward on 2B, its decoder on 3B; both on 2B again."""
+    weak = torch.cat([to_float(labelled.image), to_float(unlabelled.image)])
+    count, net = len(labelled.image), method.student
+
+    def thrice(image: Tensor) -> list[Tensor]:
+        maps = [torch.cat([m, m[count:]]) for m in net.encode(image)]
+        return [net.classify(net.fuse(maps), (image.shape[2], image.shape[3]))]
+
+    views = torch.cat([to_float(unlabelled.image)] * 2)
+    return [_there_and_back(net, [weak], of=thrice), _there_and_back(net, [views])]
+
+
+def least_unimatchv2(method: UniMatchV2, labelled: Labelled, unlabelled: Unlabelled) -> list[Passes]:
+    """Student forward and backward on B and on 2B; teacher's forward on B."""
+    images = [labelled.image, torch.cat([to_float(unlabelled.image)] * 2)]
+    return [torch.no_grad()(lambda: method.teacher(unlabelled.image)), _there_and_back(method.student, images)]
+
+
 LEAST: dict[str, Callable[..., list[Passes]]] = {
     "supervised": least_supervised,
     "fixmatch": least_fixmatch,
@@ -115,6 +153,9 @@ LEAST: dict[str, Callable[..., list[Passes]]] = {
     "meanteacher": least_meanteacher,
     "cutmixseg": least_cutmixseg,
     "u2pl": least_u2pl,
+    "cps": least_cps,
+    "unimatch": least_unimatch,
+    "unimatchv2": least_unimatchv2,
 }
 
 

@@ -61,6 +61,8 @@ SELECTING: Mapping[str, tuple[Mapping[str, Any], Sequence[str]]] = {
     "fixmatch": ({"threshold": 0.4147}, ["confident"]),
     "advsemiseg": ({"threshold": 0.499318, "semi_start": 0.0}, ["selected"]),
     "cutmixseg": ({"threshold": 0.4147}, ["confident"]),
+    "unimatch": ({"threshold": 0.4147}, ["confident"]),
+    "unimatchv2": ({"threshold": 0.4147}, ["confident"]),
     "u2pl": ({"weight": 0.0}, ["reliable"]),  # anchors and keys are drawn by each process: see test_processes.py
 }
 """More options, by which some pixels are selected from the first steps on, and the scalar that tells their share."""

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from semiseg.methods.advsemiseg import AdvSemiSeg
 from semiseg.methods.base import Method, StepMethod
+from semiseg.methods.cps import CPS
 from semiseg.methods.cutmixseg import CutMixSeg
 from semiseg.methods.fixmatch import FixMatch
 from semiseg.methods.meanteacher import MeanTeacher
@@ -13,6 +14,8 @@ from semiseg.methods.stplusplus import STPlusPlus
 from semiseg.methods.supervised import Supervised
 from semiseg.methods.transfer import Transfer
 from semiseg.methods.u2pl import U2PL
+from semiseg.methods.unimatch import UniMatch
+from semiseg.methods.unimatchv2 import UniMatchV2
 from semiseg.networks.factory import load_object
 from semiseg.types import InputError, Options, nearest
 
@@ -27,6 +30,9 @@ METHODS: dict[str, type[Method]] = {
     "transfer": Transfer,
     "st": ST,
     "st++": STPlusPlus,
+    "cps": CPS,
+    "unimatch": UniMatch,
+    "unimatchv2": UniMatchV2,
 }
 
 DEFAULT = "fixmatch"
@@ -66,6 +72,7 @@ def _describe(config: type[Options], before: str) -> dict[str, tuple[str, str]]:
 
 
 __all__ = [
+    "CPS",
     "DEFAULT",
     "METHODS",
     "ST",
@@ -80,6 +87,8 @@ __all__ = [
     "StepMethod",
     "Supervised",
     "Transfer",
+    "UniMatch",
+    "UniMatchV2",
     "describe",
     "find",
 ]

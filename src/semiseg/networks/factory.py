@@ -155,6 +155,20 @@ class Build:
         """
         return replace(self, seed=self.seed + SALT * number)
 
+    def parts(self, salt: int = 0) -> SegNet:
+        """`network` for a method that calls encode, fuse and classify itself.
+
+        Raises:
+            InputError: the network does not come in parts; or see `network`.
+        """
+        net = self.network(salt)
+        if isinstance(net, SegNet):
+            return net
+        raise InputError(
+            f"network.name: {self.config.name} is one piece, and the method needs encode, fuse and classify: take "
+            "a network by name, or one that returns a SegNet or a model of segmentation_models_pytorch."
+        )
+
     def trained(self, path: Path, option: str) -> tuple[SegNet | Wrapped, tuple[str, ...]]:
         """The network of another run as it was delivered, in eval mode on the device, and its classes.
 
@@ -191,12 +205,7 @@ class Build:
         Raises:
             InputError: the network does not come in parts, so that there is no fused map; or see `network`.
         """
-        net = self.network()
-        if not isinstance(net, SegNet):
-            raise InputError(
-                f"network.name: {self.config.name} is one piece, and the method needs encode, fuse and classify: take "
-                "a network by name, or one that returns a SegNet or a model of segmentation_models_pytorch."
-            )
+        net = self.parts()
         if auxiliary and len(net.widths) < 2:
             raise InputError(
                 "network: the encoder has a single map, and an auxiliary classifier needs the last but one."
