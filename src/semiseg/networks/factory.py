@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from semiseg import parallel
-from semiseg.networks import deeplabv2
+from semiseg.networks import deeplabv2, dpt
 from semiseg.networks.critic import Critic, Kind
 from semiseg.networks.heads import Head, Projected
 from semiseg.networks.net import FrozenNorm, SegNet, Wrapped
@@ -48,8 +48,9 @@ _DECODERS = {
     "upernet": "UPerNet",
     "segformer": "Segformer",
 }
-"""smp's PAN needs images of 128 px, and its DPT takes no encoder with a feature pyramid."""
-_NAMES = (*_DECODERS, "deeplabv2")
+"""smp's PAN needs images of 128 px, and its DPT no size but one."""
+_OWN = {"deeplabv2": deeplabv2.DeepLabV2, "dpt": dpt.DPT}
+_NAMES = (*_DECODERS, *_OWN)
 _FIXED = {"encoder_name", "encoder_weights", "in_channels", "classes", "activation", "upsampling", "aux_params"}
 """Arguments of smp's decoders that are no options: they follow from the data, or belong to parts that are not used."""
 _PROBE_SECONDS = 4
@@ -64,7 +65,8 @@ class NetworkConfig(Options):
     """Which network, and what it starts from."""
 
     name: str = "deeplabv3plus"
-    """A decoder of segmentation_models_pytorch, deeplabv2, or your own: file.py:Class or package.module:Class."""
+    """A decoder of segmentation_models_pytorch, deeplabv2, dpt (on plain vision transformers such as DINOv2's), or your
+    own: file.py:Class or package.module:Class."""
     encoder: str = "resnet50"
     """Any encoder of timm, with or without the tag of its weights."""
     weights: str = "pretrained"
@@ -390,7 +392,7 @@ def _known(name: str, names: Iterable[str], option: str) -> None:
 def _create(config: NetworkConfig, classes: int, channels: int) -> nn.Module:
     import segmentation_models_pytorch as smp
 
-    decoder = deeplabv2.DeepLabV2 if config.name == "deeplabv2" else getattr(smp, _DECODERS[config.name])
+    decoder: Any = _OWN[config.name] if config.name in _OWN else getattr(smp, _DECODERS[config.name])
     own = set(inspect.signature(decoder.__init__).parameters) - _FIXED - {"self", "kwargs"}
     for name in config.options:
         _known(name, own, f"network.options of {config.name}")
