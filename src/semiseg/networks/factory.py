@@ -83,6 +83,8 @@ class NetworkConfig(Options):
     """Like `mean`."""
     frozen_norm: FrozenNorm = "none"
     """Batch norms that keep the initial statistics: the encoder's, where it is pretrained and batches are small."""
+    frozen: bool = False
+    """The encoder's weights stay as they are, and the rest learns; batch norm's statistics are up to `frozen_norm`."""
     checkpointing: bool = False
     """Computes the encoder twice instead of storing it: less memory, about a third more time, the same result."""
 
@@ -146,6 +148,10 @@ class Build:
         """
         with _drawn_from(self.seed, salt):
             net = self._own() if ":" in self.config.name else self._smp()
+        if self.config.frozen:
+            if not isinstance(net, SegNet):
+                raise InputError(f"network.frozen: {self.config.name} is one piece without an encoder: leave it out.")
+            net.encoder.requires_grad_(False)
         if self.channels_last:
             net = net.to(memory_format=torch.channels_last)
         return net.to(self.device)
@@ -241,7 +247,9 @@ class Build:
         known = {id(p) for p in first}
         rest = [p for module in (net, *extra) for p in module.parameters() if id(p) not in known]
         rates = ((first, self.optim.lr), (rest, self.optim.lr * self.optim.head_lr))
-        groups = [{"params": params, "lr": lr, "peak_lr": lr} for params, lr in rates if params]
+        # A frozen encoder is no group: there is nothing to do for it in a step.
+        some = ((params, lr) for params, lr in rates if any(p.requires_grad for p in params))
+        groups = [{"params": params, "lr": lr, "peak_lr": lr} for params, lr in some]
         if self.optim.name == "sgd":
             # Not fused: that fails where a weight gets its first gradient later than others, as a head after a warm-up.
             return SGD(groups, momentum=self.optim.momentum, weight_decay=self.optim.weight_decay, foreach=True)
