@@ -21,12 +21,7 @@ def test_the_method_keeps_the_contract(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "confident.py").write_text(METHOD)
     (tmp_path / "empty_folder").mkdir()
     monkeypatch.chdir(tmp_path)
-    exec(
-        compile(
-            CHECK.replace('Path(".")', "Path.cwd()").replace('Path("empty', 'Path.cwd() / Path("empty'),
-            "own.md",
-            "exec",
-        )
+    exec(compile(CHECK, "own.md", "exec"))
     )
 
 
