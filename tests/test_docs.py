@@ -22,7 +22,6 @@ def test_the_method_keeps_the_contract(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "empty_folder").mkdir()
     monkeypatch.chdir(tmp_path)
     exec(compile(CHECK, "own.md", "exec"))
-    )
 
 
 def test_the_method_differs_from_labelled_only(tmp_path: Path) -> None:

@@ -88,6 +88,9 @@ class Case:
     base: Path | None = None
     network: Mapping[str, Any] = field(default_factory=lambda: NETWORK)
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "folder", self.folder.absolute())  # paths in a recipe are relative to `base`
+
     def with_options(self, options: Mapping[str, Any]) -> "Case":
         return replace(self, options={**self.options, **options})
 
