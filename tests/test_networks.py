@@ -1290,6 +1290,23 @@ def test_optimizer_groups() -> None:
     assert only["peak_lr"] == 0.01
 
 
+@pytest.mark.parametrize(("encoder", "blocks"), [("resnet18", 9), ("mobilenetv2_100", 18)])
+def test_rates_of_blocks(encoder: str, blocks: int) -> None:
+    """From the stem on, each block at three quarters of the next one's rate, the last at three quarters of lr."""
+    config = NetworkConfig(name="fpn", encoder=encoder, weights="random")
+    build = Build(3, 3, config, OptimConfig(lr=0.01, layer_decay=0.75))
+    net = build.network()
+    optimizer = build.optimizer(net)
+    *found, rest = optimizer.param_groups
+    assert len(found) == blocks
+    assert [group["peak_lr"] for group in found] == pytest.approx([0.01 * 0.75 ** (blocks - i) for i in range(blocks)])
+    assert rest["peak_lr"] == pytest.approx(0.1)
+    assert sum(len(group["params"]) for group in found) == len(list(net.encoder.parameters()))
+    first, last = (next(iter(net.encoder.parameters())), list(net.encoder.parameters())[-1])
+    assert any(first is weight for weight in found[0]["params"])
+    assert any(last is weight for weight in found[-1]["params"])
+
+
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_optimizers_step_as_torch_says(name: str) -> None:
     made = build(optim={"name": name, "lr": 0.1, "weight_decay": 0.2, "momentum": 0.8})

@@ -97,6 +97,8 @@ class OptimConfig(Options):
     """Peak rate of the encoder, at the recipe's batch."""
     head_lr: Positive = 10
     """Everything that is not the encoder learns at lr times this."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Each block of the encoder learns at the next one's rate times this, the last at lr times it. 1: all at lr."""
     weight_decay: NotNegative = 0.01
     """On all weights. 0.01 suits adamw; recipes with sgd in this field use 0.0001 to 0.0005."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -240,13 +242,16 @@ class Build:
     def optimizer(self, net: nn.Module, extra: Iterable[nn.Module] = ()) -> Optimizer:
         """AdamW or SGD over a network and `extra` modules; each group carries `peak_lr`.
 
-        The encoder learns at lr, all else at lr * head_lr; a network without `encoder` learns at lr as a whole.
+        The encoder learns at lr, or block by block at less (layer_decay), all else at lr * head_lr; a network without
+        `encoder` learns at lr as a whole.
         """
         encoder = net.get_submodule("encoder") if hasattr(net, "encoder") else net
-        first = list(encoder.parameters())
-        known = {id(p) for p in first}
+        known = {id(p) for p in encoder.parameters()}
         rest = [p for module in (net, *extra) for p in module.parameters() if id(p) not in known]
-        rates = ((first, self.optim.lr), (rest, self.optim.lr * self.optim.head_lr))
+        blocks = [list(encoder.parameters())] if self.optim.layer_decay == 1 else _blocks(encoder)
+        factors = [self.optim.layer_decay ** (len(blocks) - i) for i in range(len(blocks))]
+        rates = [(params, self.optim.lr * factor) for params, factor in zip(blocks, factors, strict=True)]
+        rates.append((rest, self.optim.lr * self.optim.head_lr))
         # A frozen encoder is no group: there is nothing to do for it in a step.
         some = ((params, lr) for params, lr in rates if any(p.requires_grad for p in params))
         groups = [{"params": params, "lr": lr, "peak_lr": lr} for params, lr in some]
@@ -432,6 +437,20 @@ def _architecture(network: Mapping[str, Any]) -> dict[str, Any]:
     for group in ("options", "encoder_options"):
         chosen |= {f"{group}.{name}": value for name, value in network[group].items()}
     return chosen
+
+
+def _blocks(encoder: nn.Module) -> list[list[nn.Parameter]]:
+    """The weights by blocks, from the image on: those whose names agree up to their first numbers, as `layer1.0`.
+
+    What has no number belongs to the block before it; what comes before all is the first block, the stem.
+    """
+    blocks: dict[str, list[nn.Parameter]] = {}
+    last = ""
+    for name, weight in encoder.named_parameters():
+        numbered = re.match(r"(?:[^.]*[^.\d][^.]*\.)*\d+(?:\.\d+)*(?=\.)", name)
+        last = numbered[0] if numbered else last
+        blocks.setdefault(last, []).append(weight)
+    return list(blocks.values())
 
 
 def _reason(error: Exception) -> str:
