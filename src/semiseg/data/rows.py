@@ -123,9 +123,9 @@ class Rows:
 
     def with_masks(self, masks: Iterable[Path], code: MaskCode, confidences: Iterable[Path] | None = None) -> "Rows":
         """The same images with other masks, one absolute path a row, read by `code`, and maps of their confidence."""
-        columns = [Path(self.root, p).as_posix() for p in self.image], [p.as_posix() for p in masks]
+        rows = Rows.of("", (Path(self.root, p).as_posix() for p in self.image), (p.as_posix() for p in masks))
         sure = None if confidences is None else np.fromiter((p.as_posix() for p in confidences), StringDType())
-        return replace(Rows.of("", *columns), confidence=sure).read_by(code)
+        return replace(rows, confidence=sure).read_by(code)
 
     def read_by(self, code: MaskCode) -> "Rows":
         """The same rows, with masks that are read by `code`."""

@@ -7,9 +7,10 @@ slow, and two images of one name do not meet.
 import hashlib
 import json
 import time
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -61,15 +62,7 @@ def pseudo_label(
     """
     merge = repr(net.merge) if isinstance(net, Pair) else None
     _claim(folder, {**fingerprint(net, rows, data, inference), "least": least, "top": top, "merge": merge})
-    jobs = [
-        Job(
-            row.image,
-            _file(folder, "labels", i),
-            _file(folder, "confidence", i),
-            soft=_file(folder, "soft", i).with_suffix(".npz") if top > 1 else None,
-        )
-        for i, row in enumerate(rows)
-    ]
+    jobs = _Jobs(rows, folder, top > 1)
     report = folder / REPORT
     if not report.exists():
         began = time.perf_counter()
@@ -81,15 +74,23 @@ def pseudo_label(
         for module, training in modes:
             module.training = training
         parallel.wait()
-        counts = _confidences([job for job in jobs if str(job.source) not in failed]).tolist()
+        counts = _confidences(jobs, failed).tolist()
         # From here on the pool is fixed: an image that can be read again would change the student's draws.
         if parallel.rank() == 0:
             write_json(report, {"failed": failed, "confidences": counts, "seconds": time.perf_counter() - began})
         parallel.wait()
-    told = Report(**json.loads(report.read_text(encoding="utf-8")))
-    good = [i for i, job in enumerate(jobs) if str(job.source) not in told.failed]
-    labels, sure = ([_file(folder, kind, i).absolute() for i in good] for kind in ("labels", "confidence"))
-    return rows[good].with_masks(labels, data.code.plain(), sure), told
+    return finished(rows, data, folder)
+
+
+def finished(rows: Rows, data: Data, folder: Path) -> tuple[Rows, "Report"]:
+    """What `pseudo_label` returned when it had labelled these rows in this folder."""
+    told = Report(**json.loads((folder / REPORT).read_text(encoding="utf-8")))
+    good = [i for i, row in enumerate(rows) if str(row.image) not in told.failed]
+
+    def files(kind: str) -> Iterator[Path]:
+        return (_file(folder, kind, i).absolute() for i in good)
+
+    return rows[good].with_masks(files("labels"), data.code.plain(), files("confidence")), told
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,28 @@ class Report:
         lines = [f"no pseudo-label for {some(self.failed)}: it cannot be read"] if self.failed else []
         counts = np.array(self.confidences)
         return [*lines, _told(counts, least)] if least > 0 and counts.any() else lines
+
+
+@dataclass(frozen=True)
+class _Jobs(Sequence[Job]):
+    """One for each row, made when it is asked for: a list of them costs some 2 GB a million images."""
+
+    rows: Rows
+    folder: Path
+    soft: bool
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, key: int) -> Job: ...
+    @overload
+    def __getitem__(self, key: slice) -> Sequence[Job]: ...
+    def __getitem__(self, key: int | slice) -> Job | Sequence[Job]:
+        if isinstance(key, slice):
+            return [self[i] for i in range(len(self))[key]]
+        labels, sure, soft = (_file(self.folder, kind, key) for kind in ("labels", "confidence", "soft"))
+        return Job(self.rows[key].image, labels, sure, soft=soft.with_suffix(".npz") if self.soft else None)
 
 
 def _file(folder: Path, kind: str, number: int) -> Path:
@@ -161,17 +184,19 @@ def _claim(folder: Path, mine: dict[str, Any]) -> None:
     parallel.wait()
 
 
-def _confidences(jobs: list[Job]) -> NDArray[np.int64]:
+def _confidences(jobs: Sequence[Job], failed: Collection[str]) -> NDArray[np.int64]:
     """How many pixels of all maps have which confidence, 0..255: read from the files, for some were there before."""
 
-    def count(job: Job) -> NDArray[np.int64]:
+    def count(i: int) -> NDArray[np.int64]:
+        job = jobs[i]
         assert job.confidence is not None
+        if str(job.source) in failed:
+            return np.zeros(256, dtype=np.int64)
         with Image.open(job.confidence) as image:
             return np.bincount(np.asarray(image).ravel(), minlength=256)
 
-    mine = jobs[parallel.rank() :: parallel.world()]
     own = np.zeros(256, dtype=np.int64)
-    for counts in ahead(count, mine):
+    for counts in ahead(count, range(parallel.rank(), len(jobs), parallel.world())):
         own += counts
     total: NDArray[np.int64] = np.stack(parallel.gather(own)).sum(0)
     return total
