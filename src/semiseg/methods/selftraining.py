@@ -26,7 +26,7 @@ from semiseg.methods.base import Method, Session
 from semiseg.methods.labelled import LossConfig
 from semiseg.methods.supervised import Supervised
 from semiseg.networks.factory import Build, NetworkConfig
-from semiseg.types import InputError, Options, Portion, Side
+from semiseg.types import InputError, Options, Portion, Side, TrainConfig
 
 
 class SelfTraining(Method):
@@ -85,7 +85,7 @@ class SelfTraining(Method):
         for number in range(1, c.rounds + 1):
             stage = session.stage(f"round-{number}")
             inference = session.inference.model_copy(update={"flip": c.flip, "scales": c.scales})
-            pseudo = stage.pseudo_label(net, data.unlabelled, data, inference, c.least, self._top(data))
+            pseudo = stage.pseudo_label(net, data.unlabelled, data, inference, c.least, _top(c, data))
             if not len(pseudo):
                 raise InputError(
                     "No unlabelled image can be read, and the method learns from them: repair or change them."
@@ -114,26 +114,30 @@ class SelfTraining(Method):
 
     def _train(self, session: Session, build: Build, data: Data, rows: Rows, pseudo: int) -> nn.Module:
         """A network from rows of which the last `pseudo` have pseudo-labels."""
-        train, real = session.config, len(rows) - pseudo
-        ratio = self.config.ratio
-        parts = [self._part(session, data, rows, 0, real, real)]
-        if pseudo:  # a student, not the teacher
-            items = pseudo if ratio is None else max(1, round(ratio * real))
-            parts.append(self._part(session, data, rows, real, pseudo, items))
-        mixture = Mixture(tuple(parts), self.config.per_batch)
-        top = self._top(data) if pseudo else 1
-        stream = Stream(rows, (Phase(train.crop, train.batch),), mixture=mixture, top=top)
+        stream = stream_of(self.config, session.config, data, rows, pseudo)
         method = Supervised.of(self.config.loss, build)
         session.starts_from(build.report)
         return session.train(method, data, {"labelled": stream})
 
-    def _top(self, data: Data) -> int:
-        return min(self.config.top, len(data.classes))
 
-    def _part(self, session: Session, data: Data, rows: Rows, first: int, count: int, items: int) -> Part:
-        c, train = self.config, session.config
-        if not c.centred:
+def stream_of(config: SelfTraining.Config, train: TrainConfig, data: Data, rows: Rows, pseudo: int) -> Stream:
+    """What a network learns from: rows of which the last `pseudo` have pseudo-labels; none for the first teacher."""
+    real = len(rows) - pseudo
+
+    def part(first: int, count: int, items: int) -> Part:
+        if not config.centred:
             return Part(first, count, items)
-        some = rows[first : first + count]
-        tile = c.tile or train.crop
-        return Part(first, count, items, class_centroids(some, data, tile, c.least_pixels, train.workers), c.centred)
+        some, tile = rows[first : first + count], config.tile or train.crop
+        places = class_centroids(some, data, tile, config.least_pixels, train.workers)
+        return Part(first, count, items, places, config.centred)
+
+    parts = [part(0, real, real)]
+    if pseudo:
+        parts.append(part(real, pseudo, pseudo if config.ratio is None else max(1, round(config.ratio * real))))
+    mixture = Mixture(tuple(parts), config.per_batch)
+    top = _top(config, data) if pseudo else 1
+    return Stream(rows, (Phase(train.crop, train.batch),), mixture=mixture, top=top)
+
+
+def _top(config: SelfTraining.Config, data: Data) -> int:
+    return min(config.top, len(data.classes))
