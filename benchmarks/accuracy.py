@@ -79,7 +79,7 @@ def note(todo: Path, jobs: list[Job], left: list[Job]) -> None:
         todo.unlink(missing_ok=True)
 
 
-def _seeds(text: str) -> list[int]:
+def seeds_of(text: str) -> list[int]:
     if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
         raise argparse.ArgumentTypeError(f"{text} is not of the form 0-4 or 0,2,5")
     parts = [part.partition("-") for part in text.split(",")]
@@ -96,7 +96,7 @@ def _subset(text: str) -> tuple[str, str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser(__doc__)
     options.add_argument("recipes", nargs="*", type=Path, metavar="RECIPE")
-    options.add_argument("--seeds", type=_seeds, default=_seeds("0-4"), help="0-4, or 0,2,5")
+    options.add_argument("--seeds", type=seeds_of, default=seeds_of("0-4"), help="0-4, or 0,2,5")
     options.add_argument("--minutes", type=float, help="stop after these")
     options.add_argument("--subset", type=_subset, action="append", default=[], metavar="NAME=PREFIX")
     options.add_argument("--table", action="store_true", help="only print the table")

@@ -9,7 +9,7 @@ import platform
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -174,17 +174,29 @@ def coloured(
     return colours[label]
 
 
-def draw_panels(path: Path, panels: Sequence[tuple[str, NDArray[Any]]], limits: tuple[float, float]) -> None:
-    """Pictures side by side; those with one channel are maps with a scale over `limits`."""
-    figure = Figure(figsize=(3.3 * len(panels), 2.9), layout="constrained")
+def draw_panels(
+    path: Path,
+    panels: Sequence[tuple[str, NDArray[Any]]],
+    limits: tuple[float, float],
+    dots: Mapping[str, tuple[NDArray[Any], Sequence[int]]] | None = None,
+) -> None:
+    """Pictures side by side; those with one channel are maps with a scale over `limits`.
+
+    dots: on the last picture, by their name in the legend: (n, 2) of x and y in px, and a colour.
+    """
+    figure = Figure(figsize=(3.3 * len(panels), 3.2 if dots else 2.9), layout="constrained")
     for axes, (title, pixels) in zip(np.ravel(figure.subplots(1, len(panels))), panels, strict=True):
         if pixels.ndim == 2:
-            shown = axes.imshow(pixels, vmin=limits[0], vmax=limits[1], cmap="viridis")
+            shown = axes.imshow(pixels, vmin=limits[0], vmax=limits[1], cmap="gray" if dots else "viridis")
             figure.colorbar(shown, ax=axes, shrink=0.8)
         else:
             axes.imshow(pixels)
         axes.set_title(title)
         axes.axis("off")
+    if dots:
+        for name, (at, colour) in dots.items():
+            axes.scatter(at[:, 0], at[:, 1], s=40, color=np.array(colour) / 255, edgecolors="black", label=name)
+        figure.legend(loc="outside lower center", ncols=6, fontsize="x-small")
     with replacing(path) as part:
         figure.savefig(part, dpi=110)
 

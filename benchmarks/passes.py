@@ -1,6 +1,6 @@
 """A method with a batch in hand: its whole step, and the least passes that the step cannot do without."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -196,20 +196,29 @@ class Bench:
             torch.cuda.synchronize()
 
 
-def prepare(recipe: Recipe, device: torch.device, base: Path) -> Bench:
-    """A bench with random images and masks in the recipe's shapes."""
+def random_data(recipe: Recipe) -> Data:
+    """What a method asks of data before it has seen any."""
     names = recipe.data.classes or tuple(f"class_{i}" for i in range(CLASSES))
     one, none = Rows.of("", ["image"]), Rows.of("", ())
     code = MaskCode(len(names), None, None)
-    data = Data(
+    return Data(
         "random", names, default_palette(len(names)), code, recipe.data, Rows.of("", ["image"], ["mask"]), one, none,
         none, "random images",
     )  # fmt: skip
+
+
+def prepare(recipe: Recipe, device: torch.device, base: Path) -> Bench:
+    """A bench with random images and masks in the recipe's shapes."""
+    data = random_data(recipe)
     method = build_method(recipe, data, device, base)
     streams = method.streams(data, recipe.train.batch, recipe.train.crop)
-    drawn = {name: _batch(stream, recipe.data.channels, len(names)) for name, stream in streams.items()}
-    batches = {name: b.pin_memory() if device.type == "cuda" else b for name, b in drawn.items()}
-    return Bench(recipe, method, batches, device)
+    return Bench(recipe, method, batches_of(streams, recipe, len(data.classes), device), device)
+
+
+def batches_of(streams: Mapping[str, Stream], recipe: Recipe, classes: int, device: torch.device) -> Batches:
+    """Random batches in the shapes of the streams' first phases, on the CPU."""
+    drawn = {name: _batch(stream, recipe.data.channels, classes) for name, stream in streams.items()}
+    return {name: b.pin_memory() if device.type == "cuda" else b for name, b in drawn.items()}
 
 
 def _batch(stream: Stream, channels: int, classes: int) -> Labelled | Unlabelled:

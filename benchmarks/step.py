@@ -139,18 +139,18 @@ def peak(recipe: Recipe, base: Path, device: torch.device, side: str) -> float |
     import segmentation_models_pytorch  # noqa: F401  before the baseline: the code itself does not count
     import timm  # noqa: F401
 
-    before = _highest()
+    before = highest()
     bench = prepare(recipe, device, base)
     function = bench.whole if side == "whole" else bench.least()
     for _ in range(3):
         function()
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
-    after = _highest()
+    after = highest()
     return None if before is None or after is None else after - before
 
 
-def _highest() -> float | None:
+def highest() -> float | None:
     # Not getrusage: its peak is inherited from the process that started this one.
     status = Path("/proc/self/status")
     lines = [line for line in status.read_text().splitlines() if "VmHWM" in line] if status.exists() else []

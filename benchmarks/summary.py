@@ -45,7 +45,7 @@ def _line(arm: Arm, arms: list[Arm]) -> dict[str, Any]:
     line |= {"minutes": _values("minutes", arm).mean(), "gb": _values("gb", arm).max()}
     line |= {"difference": None, "interval": None, "gap_closed": None}
     if base is not None and base is not arm:
-        line |= _compared(arm, base, top)
+        line |= compared(arm, base, top)
     return line
 
 
@@ -59,7 +59,7 @@ def _labelled_only(arms: list[Arm], like: Row, labelled: str) -> Arm | None:
     return None
 
 
-def _compared(arm: Arm, base: Arm, top: Arm | None) -> dict[str, Any]:
+def compared(arm: Arm, base: Arm, top: Arm | None) -> dict[str, Any]:
     """Over the seeds that both have: the mean difference, its 95 % paired t-interval, the share of the gap closed."""
     seeds = sorted(arm.keys() & base.keys())
     change = _values("miou", arm, seeds) - _values("miou", base, seeds)

@@ -32,6 +32,7 @@ common, passes, step, data, ledger, summary, accuracy = map(
 mechanism, critic, partition, contrast, centroids, processes = map(
     import_module, ("mechanism", "critic", "partition", "contrast", "centroids", "processes")
 )
+labelling, schedule, pseudolabels = map(import_module, ("labelling", "schedule", "pseudolabels"))
 
 Write = Callable[..., Path]
 
@@ -543,6 +544,100 @@ def test_centroids_are_timed(capsys: pytest.CaptureFixture[str], monkeypatch: py
     assert found["places"] > 23
     assert found["maps_per_second"] == pytest.approx(23 / found["seconds"])
     assert "target: 3000 maps" in centroids.as_text(found)
+
+
+# ---- labelling.py, schedule.py and pseudolabels.py
+
+
+def test_labelling_is_measured(recipe: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--size", "32", "48", "--images", "2", "--rounds", "2", "--threads", str(torch.get_num_threads())]
+    labelling.main([str(recipe()), *sizes, "--pools", "2", "6", "--json"])
+    found = printed(capsys)
+    assert found["speed"]["images"] == 2
+    assert found["speed"]["images_per_second"].keys() == {"bare", "predicted", "labelled"}
+    assert 0 < found["speed"]["ratio"] < 2
+    assert found["speed"]["kb_an_image"] > 0
+    assert found["memory"]["pools"] == [2, 6]
+    assert len(found["memory"]["peak_mb_above_start"]) == 2
+    assert "for 10,000 images more" in labelling.as_text(found)
+
+
+def test_schedules_are_measured(recipe: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    path = recipe(method="supervised", train__batch=8, train__threads=torch.get_num_threads())
+    schedule.main([str(path), "--crop", "64", "64", "--rounds", "1", "--steps", "6", "--json"])
+    found = printed(capsys)
+    assert found["passes"].keys() == found["reading"].keys() == set(schedule.SCHEDULES)
+    predicted = {name: line["predicted"] for name, line in found["passes"].items()}
+    assert predicted["baseline"] == 1
+    assert predicted["coarse2fine"] == predicted["fine2coarse+"] == pytest.approx(2)
+    assert 1 < predicted["alternate"] < 1.6
+    for side in (found["passes"], found["reading"]):
+        assert side["baseline"]["ratio"] == 1
+        assert side["alternate"]["ratio"] == pytest.approx(side["baseline"]["ms"] / side["alternate"]["ms"])
+    assert "| coarse2fine+ " in schedule.as_text(found)
+
+
+def test_a_schedule_is_trained_and_compared(
+    recipe: Write, trained: list[tuple[str, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick = accuracy.train
+
+    def train(path: Path, folder: Path, overrides: list[str], seconds: float | None) -> bool:
+        first = 0.2 if load_recipe(path).train.schedule == "baseline" else 0.5
+        common.write_csv(
+            folder / "metrics.csv", [{"step": "0", "val_miou": str(first)}, {"step": "1", "val_miou": "0.4"}]
+        )
+        return bool(quick(path, folder, overrides, seconds))
+
+    monkeypatch.setattr(accuracy, "train", train)
+    one = load_recipe(recipe(method="supervised"))
+    found = schedule.trained(one, "coarse2fine+", "one", [0, 1], tmp_path / "runs")
+    assert trained == [(f"one-{which}", seed) for seed in (0, 1) for which in ("baseline", "coarse2fine+")]
+    assert (found["pairs"], found["difference"], found["interval"]) == (2, 0, [0, 0])
+    assert found["minutes"] == {"baseline": 1, "coarse2fine+": 1}
+    assert found["minutes_to_goal"] == {"baseline": [1, 1], "coarse2fine+": [0.5, 0.5]}
+    schedule.trained(one, "coarse2fine+", "one", [0, 1], tmp_path / "runs")
+    assert len(trained) == 4
+
+
+def test_pseudolabels_of_a_run(recipe: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, out = recipe(method="selftraining", method__least_pixels=1), tmp_path / "labels.json"
+    more = ["--out", str(out), "--runs", str(tmp_path / "runs"), "--crops", "6"]
+    pseudolabels.main([str(path), *more, "--no-photo", "--json"])
+    found = printed(capsys)
+    assert found["images"] == 2  # two others have no mask
+    assert 0 <= found["right"] <= 1
+    assert sum(one["share"] for one in found["per_class"].values()) == pytest.approx(1)
+    assert np.mean([one["right"] for one in found["tenths"]]) == pytest.approx(found["right"])
+    assert [side["centred"] for side in found["crops"]] == [0, 0.5]
+    for side in found["crops"]:
+        assert side["crops"] == 6
+        assert 0 <= side["wrong"] <= 1
+        assert sum(side["classes"]) == pytest.approx(1)
+    assert out.with_suffix(".png").stat().st_size > 1000
+    run = tmp_path / "runs" / found["run"]
+    pseudolabels.main([str(run), *more])
+    assert "wrong in 6 crops" in capsys.readouterr().out
+    assert json.loads(out.read_text())["confusion"] == found["confusion"]
+    with pytest.raises(InputError, match=r"round-2.*report\.json is missing: finish the run"):
+        pseudolabels.main([str(run), *more, "--round", "2"])
+
+
+def test_a_run_without_pseudo_labels_is_refused(recipe: Write, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="fixmatch writes no pseudo-labels"):
+        pseudolabels.pools(load_recipe(recipe()), tmp_path, 1)
+
+
+def test_tenths_by_hand() -> None:
+    """60 sure pixels are right, 40 others take the second class for the first."""
+    counts = np.zeros((2, 2, 256), dtype=np.int64)
+    counts[0, 0, 255], counts[0, 1, 51] = 60, 40
+    found = pseudolabels.tenths(counts)
+    assert [one["right"] for one in found] == pytest.approx([0] * 4 + [1] * 6)
+    assert [one["upto"] for one in found] == pytest.approx([0.2] * 4 + [1] * 6)
+    assert pseudolabels.by_class(counts, "ab")["a"] == {
+        "share": 1, "share_of_masks": 0.6, "labels_right": 0.6, "found": 1
+    }  # fmt: skip
 
 
 # ---- processes.py
