@@ -128,7 +128,7 @@ def test_finding_methods(tmp_path: Path) -> None:
     )
     assert find("own.py:Mine", tmp_path).__name__ == "Mine"
     assert find("semiseg.methods:Supervised") is METHODS["supervised"]
-    with pytest.raises(InputError, match=r"did you mean fixmatch\?"):
+    with pytest.raises(InputError, match=r"did you mean fixmatch or unimatch"):
         find("fixmatc")
     with pytest.raises(InputError, match="not a subclass"):
         find("own.py:Other", tmp_path)
