@@ -69,7 +69,7 @@ def pools(recipe: Recipe, folder: Path, number: int) -> tuple[Data, Rows, Rows]:
     if not (place / REPORT).exists():
         raise InputError(f"{place / REPORT} is missing: finish the run first, or choose another --round.")
     data, known = with_masks(recipe, folder)
-    pseudo, _ = finished(data.unlabelled, place)
+    pseudo, _ = finished(data.unlabelled, data, place)
     files = [Path(known.root, name).as_posix() for name in known.names]
     number_of = {file: i for i, file in enumerate(files)}
     both = [i for i, name in enumerate(pseudo.names) if name in number_of]
@@ -148,7 +148,7 @@ def draw(row: Row, data: Data, tile: tuple[int, int], least: int, path: Path, ph
     d = data.config
     label = open_mask(row, data.code, d.size, d.cache)
     sure = open_confidence(row, d.size) / 255
-    one = Rows.of("", [row.image.as_posix()]).with_plain_masks([row.mask], [row.confidence])
+    one = Rows.of("", [row.image.as_posix()]).with_masks([row.mask], row.code, [row.confidence])
     places = class_centroids(one, data, tile, least)
     at = np.split(np.stack([places.x, places.y], 1), places.first[1:-1])
     dots = {
