@@ -145,7 +145,7 @@ def train(path: Path, folder: Path, overrides: Sequence[str], seconds: float | N
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     log = folder.with_name(folder.name + ".log")
-    command = [sys.executable, "-m", "semiseg", "train", str(path), "--out", str(folder), *overrides]
+    command = [sys.executable, "-m", "semiseg", "train", str(path), "--out", str(folder), "baseline=false", *overrides]
     with log.open("a", encoding="utf-8") as out:
         # A session of its own: Ctrl-C reaches this process only, which asks once; a second signal would cut it short.
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)

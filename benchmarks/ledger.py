@@ -19,7 +19,7 @@ from semiseg.types import InputError
 GOLDEN = ROOT / "tests" / "golden"
 FREE = {
     *("train.seed", "train.threads", "train.workers", "train.save_every", "train.device", "train.log_every"),
-    *("train.keep", "data.split_seed", "data.cache"),
+    *("train.keep", "data.split_seed", "data.cache", "data.fold", "baseline", "seeds"),
 }
 """Options that make no other experiment. Threads and device change the last bits: the row names the machine."""
 PLACES = {"data.root", "network.weights"}
@@ -89,7 +89,8 @@ class Job:
         """Whether a row's options are this job's. One that is newer than the row counts as its default then: if it
         changed the method, the golden losses tell."""
         plain = {"data": {"root": self.recipe.data.root}, "method": self.recipe.method.name}
-        defaults, now, then = flat_options(parse(plain, "")), flat_options(self.recipe), json.loads(row["options"])
+        defaults, now = flat_options(parse(plain, "")), flat_options(self.recipe)
+        then = {name: value for name, value in json.loads(row["options"]).items() if name not in FREE}
         newer = now.keys() - then.keys()
         equal = then.keys() <= now.keys() and all(now[name] == value for name, value in then.items())
         return equal and all(name in defaults and now[name] == defaults[name] for name in newer)

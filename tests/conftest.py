@@ -18,6 +18,7 @@ RECIPE = """
 data: {{root: {root}, format: splits, scale: [0.75, 1.5]}}
 network: {{name: fpn, encoder: test_resnet, weights: random}}
 train: {{steps: 12, batch: 4, crop: [32, 32], save_every: 4, log_every: 4, evaluations: 2, threads: 1, workers: 0}}
+baseline: false
 """
 
 JARGON = {"Traceback", "pydantic", "Input", "NoneType", "None", "dict", "tuple", "str", "int", "validation", "Errno"}
@@ -90,3 +91,12 @@ def recipe(scenes: Path, tmp_path: Path) -> Path:
     path = tmp_path / "recipe.yaml"
     path.write_text(RECIPE.format(root=scenes))
     return path
+
+
+@pytest.fixture
+def flat(drawn: Path, tmp_path: Path) -> Path:
+    """images/ and masks/ without splits and without a class file."""
+    folder = tmp_path / "leaves"
+    for kind in ("images", "masks"):
+        shutil.copytree(drawn / kind / "train", folder / kind)
+    return folder

@@ -298,7 +298,7 @@ def test_option_of_another_method(refused: Command, method: str, override: str, 
         ("data: x", "r.yaml: data is 'x', but it should be a group of the form {option: value}."),
         ("train: {steps: 5}", "r.yaml: data is missing: write it there."),
         ("data: {format: folder}", "r.yaml: data.root is missing: write it there."),
-        ("data: {root: x}\nfoo: 1", "r.yaml: foo is unknown; known: data, evaluate, method, "),
+        ("data: {root: x}\nfoo: 1", "r.yaml: foo is unknown; known: baseline, data, evaluate, "),
         (
             "data: {root: x}\nmethod: 3",
             "r.yaml: method has no name: give one, supervised or fixmatch or advsemiseg or ",

@@ -21,7 +21,7 @@ import torch
 import yaml
 from PIL import Image
 
-from semiseg import api, cli, methods
+from semiseg import api, cli, experiment, methods
 from semiseg.config import Recipe
 from semiseg.engine import session
 from semiseg.files import LOCK, sweep
@@ -54,6 +54,7 @@ def recipe_text(data: Path) -> str:
             "data": {"root": str(data), "format": "splits", "scale": [0.75, 1.5]},
             "network": {"name": "fpn", "encoder": "test_resnet", "weights": "random"},
             "train": train,
+            "baseline": False,
         }
     )
 
@@ -130,15 +131,6 @@ def test_methods(semiseg: Command) -> None:
 # ---- from a folder to a model ------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def flat(drawn: Path, tmp_path: Path) -> Path:
-    """images/ and masks/ without splits and without a class file."""
-    folder = tmp_path / "leaves"
-    for kind in ("images", "masks"):
-        shutil.copytree(drawn / kind / "train", folder / kind)
-    return folder
-
-
 def test_init_check_train(semiseg: Command, flat: Path, tmp_path: Path) -> None:
     done = semiseg("init", flat, "--hours", "0.01")
     assert done.code == 0, done.err
@@ -152,7 +144,7 @@ def test_init_check_train(semiseg: Command, flat: Path, tmp_path: Path) -> None:
     done = semiseg("check", "recipe.yaml")
     assert done.code == 0, done.out
     assert "Report(" not in done.out
-    assert "6 labelled, 6 unlabelled, 0 val, 2 test" in done.out
+    assert "8 labelled, 6 unlabelled, 0 val, 0 test" in done.out
     assert all(f"class_{i} " in done.out for i in range(1, 6))
     assert "no problem found" in done.out
     assert min(pixels("check.png").shape[:2]) > 60
@@ -161,7 +153,7 @@ def test_init_check_train(semiseg: Command, flat: Path, tmp_path: Path) -> None:
     done = semiseg("train", "recipe.yaml", "--out", "run", *TINY, "train.steps=2", "train.workers=0")
     assert done.code == 0, done.err
     assert "test mIoU" in done.out
-    assert "delivered: last step" in done.out
+    assert "final: last step" in done.out
     assert "next: semiseg predict run" in done.out
 
 
@@ -405,6 +397,7 @@ def test_weights_can_be_read_like_other_new_files(home: Path, tmp_path: Path) ->
 
 def test_a_class_without_a_right_pixel_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     results: dict[str, Any] = {"split": "test", "images": 2, "miou": 0.4, "delivered": "last step", "note": None}
+    results["verdict"] = None
     cli._print_results(results | {"per_class": {"a": 0.8, "b": 0.0}, "skipped": {}, "seconds": 1.0, "peak_gb": 1.0})
     assert "no pixel right: b. Train longer" in capsys.readouterr().out
     cli._print_results(results | {"per_class": {"a": 0.8, "b": None}, "skipped": {}, "seconds": 1.0, "peak_gb": 1.0})
@@ -585,7 +578,7 @@ def test_ctrl_c_while_the_test_images_are_evaluated(
 ) -> None:
     words = ("train", home / "recipe.yaml", "-o", "run", "train.workers=0")
     with monkeypatch.context() as patch:
-        patch.setattr(api.evaluating, "evaluate", signal_at(1, api.evaluating.evaluate))
+        patch.setattr(experiment, "evaluate", signal_at(1, experiment.evaluate))
         done = semiseg(*words)
     assert (done.code, done.err) == (130, "Stopped.\n")
     assert "run holds no finished run" in semiseg("compare", "run").sentence

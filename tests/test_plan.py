@@ -75,13 +75,13 @@ def _cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_few_masks_are_divided_into_folds(tmp_path: Path) -> None:
     recipe, reasons = planned(folder(tmp_path / "few", masks=6))
-    assert (recipe.data.folds, recipe.data.fold, recipe.data.split) == (5, 0, None)
+    assert (recipe.data.folds, recipe.data.fold, recipe.data.split) == (5, None, None)
     assert not recipe.data.group
     assert "6 masks are too few" in reasons["data.folds"]
     data = load_data(recipe.data)
-    assert [len(rows) for rows in (data.labelled, data.unlabelled, data.val, data.test)] == [4, 2, 0, 2]
+    assert [len(rows) for rows in (data.labelled, data.unlabelled, data.val, data.test)] == [6, 2, 0, 0]
     assert recipe.method.name == "fixmatch"
-    assert reasons["method.name"] == "4 labelled and 2 unlabelled images"
+    assert reasons["method.name"] == "6 labelled and 2 unlabelled images"
 
 
 @pytest.mark.parametrize(("masks", "folds"), [(199, 5), (200, None)])
@@ -272,12 +272,15 @@ def test_choices_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 # ---- time --------------------------------------------------------------------------------------------------------
 
 
+STEP = "a step of 5 trainings, 5 labelled-only ones and the last one, timed here, takes 22 s"
+
+
 @pytest.mark.parametrize(
     ("hours", "steps", "save_every", "reason"),
     [
-        (1, 1620, 32, "1 h at 2 s a step, timed here"),
-        (0.05, 100, 10, "the fewest that make sense; at 2 s a step, timed here, longer than 0.05 h"),
-        (100, 40_000, 800, "more are rarely of use, although 100 h have room for 162000 (2 s a step)"),
+        (10, 1472, 29, f"10 h: {STEP}"),
+        (0.5, 100, 10, f"the fewest that make sense, longer than 0.5 h: {STEP}"),
+        (1000, 40_000, 800, f"more are rarely of use, although 1000 h have room for 147272: {STEP}"),
     ],
 )
 def test_steps(

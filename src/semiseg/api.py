@@ -1,12 +1,7 @@
 """Train, evaluate, predict, compare and export from Python; the command line calls these and prints."""
 
-import shutil
-import subprocess
-import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,35 +9,25 @@ import numpy as np
 import torch
 import yaml
 from numpy.typing import NDArray
-from pydantic_core import to_jsonable_python
 from torch import Tensor, nn
 
-from semiseg import methods, parallel
-from semiseg.config import SECTIONS, Recipe, build_of, fields_of, load_recipe, parse
+from semiseg import experiment, methods, parallel
+from semiseg.config import ALONE, SECTIONS, Recipe, as_text, fields_of, load_recipe, parse
 from semiseg.data.check import Report, contact_sheet, leaks
 from semiseg.data.check import check as check_data
 from semiseg.data.formats import read_image
 from semiseg.data.loader import first_step
 from semiseg.data.sampling import Phase, Stream
-from semiseg.data.splits import Data, DataConfig, load_data, located
-from semiseg.engine import checkpoint
+from semiseg.data.splits import Data, load_data
 from semiseg.engine import compare as comparing
 from semiseg.engine import evaluate as evaluating
 from semiseg.engine.evaluate import Scores
-from semiseg.engine.memory import memory_errors, smaller
 from semiseg.engine.predict import Prediction, Predictor, predict_files
-from semiseg.engine.session import Session
-from semiseg.files import LOCK, alone, replacing, sweep, write_json, write_text
-from semiseg.networks.factory import Build, NetworkConfig, OptimConfig, code_file, find_weights
-from semiseg.networks.weights import model_folder, read_model, save_model
+from semiseg.files import write_json
+from semiseg.networks.factory import Build, NetworkConfig, OptimConfig
+from semiseg.networks.weights import model_folder, read_model
 from semiseg.plan import plan, undivided
 from semiseg.types import InferenceConfig, InputError, Labelled, Options, nearest
-
-FREE = {("train", "workers"), ("train", "save_every"), ("train", "device")}
-"""Options that may change when a run goes on: the weights do not depend on them (device: on one kind of machine)."""
-
-_THREADS = parallel.threads()
-"""Asked for at once: a run may change torch's own number."""
 
 
 @dataclass(frozen=True)
@@ -118,9 +103,9 @@ def train(
     """
     out = Path(out)
     texts = [
-        *([f"method={_text(_named(method))}"] if method else []),
+        *([f"method={as_text(_named(method))}"] if method else []),
         *overrides,
-        *(f"{_find(k)}={_text(v)}" for k, v in options.items()),
+        *(f"{_find(k)}={as_text(v)}" for k, v in options.items()),
     ]
     recipe, base = _recipe(source, texts, out, hours)
     return run(recipe, out, base)
@@ -152,6 +137,8 @@ def _recipe(
 
 def _find(option: str) -> str:
     """`section.key` of an option's plain name."""
+    if option in ALONE:
+        return option
     known = {section: set(fields_of(section)) for section in SECTIONS if section != "method"}
     known["method"] = set().union(*(method.Config.model_fields for method in methods.METHODS.values()))
     places = [section for section, names in known.items() if option in names]
@@ -175,244 +162,10 @@ def _named(method: str | Mapping[str, Any] | Options) -> str | Mapping[str, Any]
     )
 
 
-def _text(value: object) -> str:
-    return yaml.safe_dump(to_jsonable_python(value), default_flow_style=True).strip().removesuffix("\n...")
-
-
 def run(recipe: Recipe, out: Path, base: Path | None = None) -> Model:
     """Runs a recipe in the folder `out`; see `train`."""
-    recipe, copies = _resolve(recipe, base, out)
-    recipe = _for_folder(recipe, out, copies)
-    if (out / "results.json").exists():
-        print(f"{out} holds this run, finished.")
-        return load(out)
-    with _writing(out), parallel.peers(), memory_errors(smaller(recipe.train)):
-        _run(recipe, out, base, copies)
-        parallel.wait()  # for the files of process 0
+    experiment.run(recipe, out, base)
     return load(out)
-
-
-@contextmanager
-def _writing(out: Path) -> Iterator[None]:
-    """The run folder is this run's alone; of several processes the first one sees to that."""
-    if parallel.rank() > 0:
-        yield
-        return
-    with alone(out), _nothing_half_written(out):
-        sweep(out)
-        yield
-
-
-def _run(recipe: Recipe, out: Path, base: Path | None, copies: list[Path]) -> None:
-    data = load_data(recipe.data)
-    if problems := leaks(data):
-        raise InputError(problems[0])
-    device = parallel.device(recipe.train.device)
-    parallel.start(device)
-    parallel.wait()  # all have looked at the folder by now: from here on process 0 may write
-    torch.set_num_threads(recipe.train.threads)
-    kind = methods.find(recipe.method.name, base)
-    build = build_of(_without_weights(recipe) if _restored(kind, out) else recipe, data, device, base)
-    method = kind(recipe.method.options, build)
-    if isinstance(method, nn.Module):
-        method.to(device)
-
-    if parallel.rank() == 0:
-        _write_recipe(recipe, out, copies)
-    for line in (_opening(recipe, data, device), *data.notes):
-        print(line)
-    session = Session(out, recipe.train, recipe.evaluate, device)
-    session.starts_from(build.report)
-    net = method.fit(session, data)
-
-    split, rows = ("test", data.test) if len(data.test) else ("val", data.val)
-    results = _results(recipe, data, session, split if len(rows) else None)
-    scores = evaluating.evaluate(net, rows, data, recipe.evaluate, device) if len(rows) else None
-    if parallel.rank() > 0:
-        return
-    save_model(out / "model", net.state_dict(), _card(recipe, data))
-    if scores is not None:
-        evaluating.save_scores(out / "results.npz", scores)
-        results |= {
-            "miou": scores.miou,
-            "per_class": scores.per_class,
-            "absent": list(scores.absent),
-            "images": len(rows),
-        }
-    write_json(out / "results.json", results)  # the last file: where it is, the run is finished
-
-
-def _restored(kind: type[methods.Method], out: Path) -> bool:
-    """Whether everything that the method makes at once is about to come from the run's checkpoint.
-
-    Then it does not matter what has become of `network.weights` since. Later stages need it.
-    """
-    return kind.fit is methods.StepMethod.fit and (out / "checkpoints" / checkpoint.LAST).exists()
-
-
-def _without_weights(recipe: Recipe) -> Recipe:
-    return recipe.model_copy(update={"network": recipe.network.model_copy(update={"weights": "random"})})
-
-
-def _opening(recipe: Recipe, data: Data, device: torch.device) -> str:
-    pools = {"labelled": data.labelled, "unlabelled": data.unlabelled, "val": data.val, "test": data.test}
-    images = ", ".join(f"{len(rows)} {name}" for name, rows in pools.items())
-    network = recipe.network.name if ":" in recipe.network.name else f"{recipe.network.name} {recipe.network.encoder}"
-    where = f"cpu ({recipe.train.threads} thread{'s' * (recipe.train.threads > 1)})" if device.type == "cpu" else "gpu"
-    if parallel.world() > 1:
-        where = f"{parallel.world()} processes, each on {where}"
-    return f"{recipe.method.name}, {network}, {recipe.train.steps} steps on {where}; images: {images}"
-
-
-def _resolve(recipe: Recipe, base: Path | None, out: Path) -> tuple[Recipe, list[Path]]:
-    """Relative paths made absolute; the second value are the user's own code files, of which the run keeps a copy."""
-    stored = out / "recipe.yaml"
-    begun = load_recipe(stored) if stored.exists() else recipe
-    options = recipe.method.options
-    found = {
-        name: _found(value, base, getattr(begun.method.options, name, None), f"method.{name}")
-        for name, value in options
-    }
-    network = _found(recipe.network, base, begun.network, "network")
-    networks = [value for value in (network, *found.values()) if isinstance(value, NetworkConfig)]
-    places = [name.rpartition(":")[0] for name in (recipe.method.name, *(some.name for some in networks))]
-    method = recipe.method.model_copy(update={"options": options.model_copy(update=found)})
-    changed = {"data": located(recipe.data, base), "network": network, "method": method}
-    return recipe.model_copy(update=changed), [code_file(place, base) for place in places if place.endswith(".py")]
-
-
-def _found(value: Any, base: Path | None, begun: Any, option: str) -> Any:
-    """An option's value with absolute paths; of weights and runs as the run began, whatever became of them."""
-    if isinstance(value, DataConfig):
-        return located(value, base)
-    if isinstance(value, Path):
-        return find_weights(str(value), base, str(begun), option).resolve()
-    if not isinstance(value, NetworkConfig) or value.weights in ("pretrained", "random"):
-        return value
-    weights = begun.weights if isinstance(begun, NetworkConfig) else None
-    return value.model_copy(
-        update={"weights": str(find_weights(value.weights, base, weights, f"{option}.weights").resolve())}
-    )
-
-
-def _for_folder(recipe: Recipe, out: Path, copies: list[Path]) -> Recipe:
-    """The recipe with the number of threads that the run began with, or that it will begin with.
-
-    Raises:
-        InputError: the folder holds something else, or cannot be written.
-    """
-    stored = out / "recipe.yaml"
-    if stored.exists():
-        threads = _same(load_recipe(stored), recipe, out)
-        for path in copies:
-            if (out / path.name).is_file() and path.is_file() and (out / path.name).read_bytes() != path.read_bytes():
-                raise InputError(
-                    f"{path} is not what {out} began with: choose another --out, or restore it from there."
-                )
-    elif out.exists() and (not out.is_dir() or any(path.name != LOCK for path in out.iterdir())):
-        raise InputError(f"{out} holds something that is not a run: choose another --out.")
-    else:
-        if parallel.rank() == 0:
-            _check_writable(out)
-        threads = recipe.train.threads or _THREADS
-    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"threads": threads})})
-
-
-def _same(before: Recipe, recipe: Recipe, out: Path) -> int:
-    """The number of threads of the run that the folder holds."""
-    may_change = FREE if recipe.train.threads else FREE | {("train", "threads")}
-    for section in SECTIONS:
-        old, new = before.dump()[section], recipe.dump()[section]
-        for key in dict.fromkeys((*new, *old)):
-            if (section, key) not in may_change and old.get(key) != new.get(key):
-                raise InputError(
-                    f"{out} holds a run with {section}.{key}={_text(old.get(key))}, not {_text(new.get(key))}: "
-                    "choose another --out, or remove that folder."
-                )
-    # Of several processes each has its share of the cores, however many the run began with.
-    return before.train.threads if parallel.world() == 1 else min(before.train.threads, _THREADS)
-
-
-def _check_writable(out: Path) -> None:
-    existing = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.exists())
-    probe = existing / f".semiseg-{uuid.uuid4().hex}"
-    try:
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise InputError(f"{out} cannot be written ({error.strerror}): choose another --out.") from error
-
-
-@contextmanager
-def _nothing_half_written(out: Path) -> Iterator[None]:
-    """Takes away what a run wrote that ended before its first checkpoint: there is nothing to go on from."""
-    goes_on = (out / "recipe.yaml").exists()
-    try:
-        yield
-    except BaseException:
-        if not goes_on and not any(out.rglob(checkpoint.LAST)):
-            for path in out.iterdir() if out.exists() else ():
-                if path.is_dir():
-                    shutil.rmtree(path, ignore_errors=True)
-                elif path.name != LOCK:
-                    path.unlink()
-        raise
-
-
-def _write_recipe(recipe: Recipe, out: Path, copies: list[Path]) -> None:
-    if (out / "recipe.yaml").exists():
-        return
-    for path in copies:
-        with replacing(out / path.name) as part:
-            part.write_bytes(path.read_bytes())
-    head = f"# semiseg {version('semiseg')}, commit {_commit()}\n"
-    write_text(out / "recipe.yaml", head + yaml.safe_dump(recipe.dump(), sort_keys=False, default_flow_style=None))
-
-
-def _commit() -> str:
-    """The commit of the source that runs, `none` outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "none"
-
-
-def _card(recipe: Recipe, data: Data) -> dict[str, Any]:
-    return {
-        "semiseg": version("semiseg"),
-        "network": _without_weights(recipe).network.model_dump(mode="json"),
-        "classes": list(data.classes),
-        "palette": [list(colour) for colour in data.palette],
-        "channels": recipe.data.channels,
-        "size": recipe.data.size,
-        "evaluate": recipe.evaluate.model_dump(mode="json"),
-        "precision": recipe.train.precision,
-    }
-
-
-def _results(recipe: Recipe, data: Data, session: Session, split: str | None) -> dict[str, Any]:
-    progress = session.progress()
-    chosen = f"best on val at step {int(progress.best['step'])}" if progress.best else "last step (there is no val)"
-    chose = "it also chose the checkpoint, so the number is optimistic" if recipe.train.evaluations > 1 else None
-    note = f"there is no test split: val is reported; {chose or 'it chose nothing'}" if split == "val" else None
-    return {
-        "split": split,
-        "family": data.family,
-        "note": note,
-        "method": recipe.method.name,
-        "seed": recipe.train.seed,
-        "split_seed": recipe.data.split_seed,
-        "labelled": len(data.labelled),
-        "unlabelled": len(data.unlabelled),
-        "remarks": list(data.notes),
-        "delivered": chosen,
-        "val_best": progress.best,
-        "val_last": progress.last,
-        "seconds": progress.seconds,
-        "peak_gb": progress.peak_gb,
-        "skipped": progress.skipped,
-    }
 
 
 # ---- using a model -----------------------------------------------------------------------------------------------
@@ -583,6 +336,10 @@ def check(source: str | Path, sheet: str | Path | None = None, overrides: Iterab
     """
     recipe, data = _recipe_and_data(Path(source), overrides)
     report = check_data(data)
+    if not report.problems:  # of folds each is the test split once
+        parts = experiment.members(recipe).values()
+        found = [leaks(load_data(part.data, Path(source).parent)) for part in parts if part.data.fold is not None]
+        report = replace(report, problems=tuple(dict.fromkeys(problem for some in found for problem in some)))
     if sheet is not None and not report.problems:
         train = recipe.train
         streams = {"labelled": Stream(data.labelled, (Phase(train.crop, train.batch),))}
@@ -632,20 +389,29 @@ def compare(runs: Sequence[str | Path]) -> list[comparing.Line]:
         InputError: a run is not finished.
     """
     found = []
-    for folder in map(Path, runs):
-        if not (folder / "results.json").is_file():
-            raise InputError(f"{folder} holds no finished run: finish it by the same `semiseg train` command.")
+    for folder in (part for run in runs for part in _trainings(Path(run))):
         if not (folder / "results.npz").is_file():
             raise InputError(f"{folder} has no score to compare, as its data has neither val nor test: leave it out.")
         scores = evaluating.load_scores(folder / "results.npz")
-        recipe = load_recipe(folder / "recipe.yaml")
         results = yaml.safe_load((folder / "results.json").read_text(encoding="utf-8"))
-        options = recipe.dump()
+        options = load_recipe(folder / "recipe.yaml").dump()
         seeds = (options["train"].pop("seed"), options["data"].pop("split_seed"), options["data"].pop("fold"))
-        for section, key in FREE:
-            options[section].pop(key)
+        for name in ("baseline", "seeds", *experiment.FREE):
+            section, _, key = name.rpartition(".")
+            (options[section] if section else options).pop(key)
         found.append(comparing.Run(folder.name, options, seeds, results, scores))
     return comparing.compare(found)
+
+
+def _trainings(folder: Path) -> list[Path]:
+    """The folders of a run's trainings: itself, or those of its seeds or folds.
+
+    Raises:
+        InputError: it is not finished.
+    """
+    if not (folder / "results.json").is_file():
+        raise InputError(f"{folder} holds no finished run: finish it by the same `semiseg train` command.")
+    return [folder / name for name in experiment.members(load_recipe(folder / "recipe.yaml"))] or [folder]
 
 
 __all__ = ["Model", "check", "compare", "data_of", "evaluate", "export", "load", "predict", "run", "train"]

@@ -122,13 +122,20 @@ def train(
     hours: Annotated[
         float | None, typer.Option(help="For a folder: how long the training may take. [default: 1]")
     ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(help="Train so many times: the verdict then covers the noise of training.")
+    ] = None,
 ) -> None:
-    """Train, or go on where the same command was stopped."""
+    """Train, or go on where the same command was stopped.
+
+    The labelled-only model is trained beside a semi-supervised one (baseline=false omits it), and the better one kept.
+    """
     if hours is not None and source.is_file():
         raise InputError(f"--hours plans the steps for a folder, and {source} is a recipe: set train.steps there.")
     from semiseg import api
 
-    model = api.train(source, out, overrides=overrides or [], hours=1.0 if hours is None else hours)
+    texts = [*(overrides or []), *([] if seeds is None else [f"seeds={seeds}"])]
+    model = api.train(source, out, overrides=texts, hours=1.0 if hours is None else hours)
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     _print_results(results)
     print(f"model: {model.folder}\nnext: semiseg predict {out} IMAGES --out masks --overlay")
@@ -149,6 +156,8 @@ def _print_results(results: Mapping[str, Any]) -> None:
             )
     if results["note"]:
         print(f"note: {results['note']}")
+    if results["verdict"]:
+        print(f"verdict: {results['verdict']['words']}\n{results['verdict']['why']}")
     if results["skipped"]:
         print(f"unlabelled images that could not be read: {len(results['skipped'])}, named in results.json")
     print(f"{timedelta(seconds=round(results['seconds']))} of training, at most {results['peak_gb']:.1f} GB")

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, Self, get_args
 
 import torch
 import yaml
-from pydantic import BaseModel, SerializeAsAny, ValidationError, field_serializer
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_serializer, model_validator
+from pydantic_core import ErrorDetails, to_jsonable_python
 
 from semiseg import methods
 from semiseg.data.check import class_pixels
@@ -36,6 +36,18 @@ class Recipe(Options):
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     evaluate: InferenceConfig = InferenceConfig()
+    baseline: bool = True
+    """Train the labelled-only model beside a semi-supervised one, and say whether the unlabelled images helped."""
+    seeds: Annotated[int, Field(ge=1)] = 1
+    """How many trainings, with seeds from train.seed on: then the verdict's interval covers the noise of training."""
+
+    @model_validator(mode="after")
+    def _one_kind_of_several(self) -> Self:
+        if self.seeds > 1 and self.data.folds is not None and self.data.fold is None:
+            raise ValueError(
+                "seeds and data.folds exclude each other: set seeds to 1, or data.fold to one of the folds"
+            )
+        return self
 
     def dump(self) -> dict[str, Any]:
         """Plain values, as they stand in a file."""
@@ -44,7 +56,9 @@ class Recipe(Options):
         return plain
 
 
-SECTIONS = tuple(Recipe.model_fields)
+ALONE = ("baseline", "seeds")
+"""Options that stand in no section."""
+SECTIONS = tuple(name for name in Recipe.model_fields if name not in ALONE)
 
 
 def load_recipe(path: Path | str, overrides: Iterable[str] = ()) -> Recipe:
@@ -116,7 +130,8 @@ def parse(
 def override(plain: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """A copy with `section.key=value` texts applied.
 
-    Values are YAML (`train.crop=[128,160]`). `method=NAME` stands for its name, and the options of another method go.
+    Values are YAML (`train.crop=[128,160]`); `baseline` and `seeds` have no section. `method=NAME` stands for its name,
+    and the options of another method go.
 
     Raises:
         InputError: a text has another form.
@@ -127,15 +142,15 @@ def override(plain: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, An
         keys = name.split(".")
         if not equals:
             raise InputError(f"{text}: an override has the form section.key=value, such as train.steps=600.")
+        if name in ALONE:
+            result[name] = _yaml(text, value)
+            continue
         places = [section for section in SECTIONS if len(keys) == 1 and name in fields_of(section)]
         if keys[0] not in SECTIONS and places:
             raise InputError(f"{text}: name the section too, {' or '.join(f'{place}.{text}' for place in places)}.")
         if keys[0] not in SECTIONS:
             raise InputError(f"{text}: there is no section {keys[0]}; {nearest(keys[0], SECTIONS)}")
-        try:
-            parsed = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise InputError(f"{text}: the value is not valid YAML ({_reason(error)}): correct it.") from error
+        parsed = _yaml(text, value)
         if keys == ["method"]:
             result["method"] = parsed if isinstance(parsed, Mapping) else {"name": parsed}
             continue
@@ -150,6 +165,18 @@ def override(plain: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, An
             at = at[key]
         at[keys[-1]] = parsed
     return result
+
+
+def _yaml(text: str, value: str) -> Any:
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise InputError(f"{text}: the value is not valid YAML ({_reason(error)}): correct it.") from error
+
+
+def as_text(value: object) -> str:
+    """An option's value as it stands in an override."""
+    return yaml.safe_dump(to_jsonable_python(value), default_flow_style=True).strip().removesuffix("\n...")
 
 
 def fields_of(section: str) -> dict[str, Any]:
@@ -272,4 +299,4 @@ def _wanted(details: list[ErrorDetails], depth: int, example: str) -> str:
     return f"{'each entry' if inside else 'it'} should be {' or '.join(dict.fromkeys(words))}"
 
 
-__all__ = ["MethodConfig", "Recipe", "build_of", "fields_of", "load_recipe", "override", "parse"]
+__all__ = ["MethodConfig", "Recipe", "as_text", "build_of", "fields_of", "load_recipe", "override", "parse"]

@@ -114,7 +114,7 @@ def recipe(arm: str, seed: int, scenes: Path) -> Recipe:
     plain = yaml.safe_load(SHARED)
     plain["data"] |= {"root": str(scenes.resolve()), "split_seed": seed}
     plain["train"]["seed"] = seed
-    return parse(plain | {"method": ARMS[arm]}, "demo")
+    return parse(plain | {"method": ARMS[arm], "baseline": False}, "demo")
 
 
 def train(jobs: Mapping[Path, Recipe], report: Callable[[Path], None]) -> None:

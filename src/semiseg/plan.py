@@ -12,7 +12,7 @@ import yaml
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from semiseg import methods, parallel
+from semiseg import experiment, methods, parallel
 from semiseg.config import Recipe, build_of, parse
 from semiseg.data.formats import image_channels, image_size, mask_values, read_mask
 from semiseg.data.loader import Steps
@@ -72,15 +72,20 @@ def plan(folder: Path, hours: float | None = 1.0) -> str:
     lines = _choices(data, survey, parallel.device("auto"))
     lines["data"] = data_lines | lines["data"]
     if hours is not None:
-        seconds = _time_steps(_recipe(lines))
+        recipe = _recipe(lines)
+        seconds, beside = (_time_steps(one) for one in (recipe, experiment.labelled_only(recipe)))
+        pairs = max(1, len(experiment.members(recipe)))
+        every = pairs * (seconds + beside) + seconds * (pairs > 1)
         # A tenth is left for the evaluations and the start.
-        fitting = int(0.9 * hours * 3600 / seconds)
+        fitting = int(0.9 * hours * 3600 / every)
         steps = int(np.clip(fitting, FEWEST_STEPS, MOST_STEPS))
-        why = f"{hours:g} h at {seconds:.2g} s a step, timed here"
+        what = f"{pairs} trainings, {pairs} labelled-only ones and the last one" if pairs > 1 else "both trainings"
+        timed = f"a step of {what}, timed here, takes {every:.2g} s"
+        why = f"{hours:g} h: {timed}"
         if fitting < steps:
-            why = f"the fewest that make sense; at {seconds:.2g} s a step, timed here, longer than {hours:g} h"
+            why = f"the fewest that make sense, longer than {hours:g} h: {timed}"
         elif fitting > steps:
-            why = f"more are rarely of use, although {hours:g} h have room for {fitting} ({seconds:.2g} s a step)"
+            why = f"more are rarely of use, although {hours:g} h have room for {fitting}: {timed}"
         lines["train"]["steps"] = (steps, why)
         lines["train"]["save_every"] = (max(10, steps // 50), "steps between checkpoints: what a power cut may cost")
     return _yaml(folder, data, survey, lines)
@@ -177,8 +182,7 @@ def _division(data: Data) -> Lines:
         raise InputError(f"{data.config.root} has {len(names)} masks: draw at least five, to hold some out.")
     if len(names) < FEW_MASKS:
         lines: Lines = {
-            "folds": (5, f"{len(names)} masks are too few to hold out one part: each is tested once in five runs"),
-            "fold": (0, "this run tests the first part; run data.fold=1 to 4 too, and compare"),
+            "folds": (5, f"{len(names)} masks are too few to hold out one part: each is tested by a model without it"),
         }
     else:
         lines = {

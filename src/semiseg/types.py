@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import difflib
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -165,6 +165,14 @@ class Options(BaseModel):
     """Base of every group of options: frozen, and an unknown name is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+def flat(options: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Options in groups by one name each: {"train": {"seed": 0}} is {"train.seed": 0}."""
+    result: dict[str, Any] = {}
+    for key, value in options.items():
+        result |= flat(value, f"{before}{key}.") if isinstance(value, Mapping) else {f"{before}{key}": value}
+    return result
 
 
 Side = Annotated[int, Field(gt=0)]

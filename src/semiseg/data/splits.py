@@ -75,8 +75,8 @@ class DataConfig(Options):
     """Shares of train, val and test among the images with a mask, where the data has no split of its own."""
     folds: Annotated[int, Field(ge=2)] | None = None
     """Parts of the images with a mask for cross-validation, where the data has no split of its own; there is no val."""
-    fold: Annotated[int, Field(ge=0)] = 0
-    """The part that is the test split."""
+    fold: Annotated[int, Field(ge=0)] | None = None
+    """The part that is the test split; none: each in turn, and in the end a model is trained on all masks."""
     group: bool = False
     """Keep images whose names differ in their last number only (frames of one video) in one split or fold."""
     split_seed: Annotated[int, Field(ge=0)] = 0
@@ -118,7 +118,7 @@ class DataConfig(Options):
             raise ValueError(f"data.pool is {self.pool}, but it goes with another data.format ({known}): remove it")
         if self.extra and self.unlabelled == "none":
             raise ValueError("data.extra names unlabelled images, but data.unlabelled is none: remove one of the two")
-        if self.fold >= (self.folds or 1):
+        if self.fold is not None and self.fold >= (self.folds or 1):
             raise ValueError(f"data.fold is {self.fold}: set data.folds above it, or lower it")
         if isinstance(self.labelled, int) and self.labelled < 1:
             raise ValueError("data.labelled must be at least 1")
@@ -356,6 +356,8 @@ def _draw_division(config: DataConfig, found: Found) -> tuple[Found, str]:
         if units < config.folds:
             what = "groups of names" if config.group else "images with a mask"
             raise InputError(f"data.folds is {config.folds}, but there are {units} {what}: ask for fewer folds.")
+        if config.fold is None:
+            return found, f"in {config.folds} folds"
         part = assign(groups[masked], [1 / config.folds] * config.folds, config.split_seed)
         part = np.where(part == config.fold, _TEST, 0)
         words = f"fold {config.fold} of {config.folds}"

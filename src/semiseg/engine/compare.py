@@ -5,14 +5,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from scipy import stats
 
 from semiseg.engine.evaluate import Scores
-from semiseg.ops.metrics import miou
-
-RESAMPLES = 2000
+from semiseg.engine.intervals import over_images, over_training
+from semiseg.types import flat
 
 
 @dataclass(frozen=True)
@@ -72,11 +68,10 @@ def _line(label: str, group: list[Run], first: list[Run]) -> Line:
         if len(pairs) > 1:
             difference = float(changes.mean())
             covers = "folds" if len({run.seeds[2] for run, _ in pairs}) > 1 else "training"
-            half = float(stats.t.ppf(0.975, len(pairs) - 1) * changes.std(ddof=1) / np.sqrt(len(pairs)))
-            interval = (difference - half, difference + half)
+            interval = over_training(changes)
         elif len(pairs) == 1:
             difference = float(changes[0])
-            interval, covers = _over_images(pairs[0][0].scores, pairs[0][1].scores), "images"
+            interval, covers = over_images(pairs[0][0].scores, pairs[0][1].scores), "images"
     return Line(
         label=label,
         split=group[0].results["split"],
@@ -97,29 +92,13 @@ def _same_images(a: Run, b: Run) -> bool:
     return same_split and a.scores.names == b.scores.names and a.scores.classes == b.scores.classes
 
 
-def _over_images(a: Scores, b: Scores) -> tuple[float, float]:
-    """95 % interval of the difference in mIoU (per cent) when the images are drawn again, the same for both runs."""
-    rng = np.random.default_rng(0)
-    weights = rng.multinomial(len(a.names), np.full(len(a.names), 1 / len(a.names)), size=RESAMPLES)
-    changes = 100 * (_mious(a.confusions, weights) - _mious(b.confusions, weights))
-    low, high = np.percentile(changes, [2.5, 97.5])
-    return float(low), float(high)
-
-
-def _mious(confusions: NDArray[np.int64], weights: NDArray[np.int64]) -> NDArray[np.float64]:
-    classes = confusions.shape[1]
-    totals = (weights @ confusions.reshape(len(confusions), -1)).reshape(len(weights), classes, classes)
-    values: NDArray[np.float64] = miou(torch.from_numpy(totals)).numpy()
-    return values
-
-
 def _labels(runs: list[Run]) -> list[str]:
     """The method's name, with the options in which runs of the same method differ."""
-    flat = [_flat(run.options) for run in runs]
-    differing = {key for options in flat for key in options if any(o.get(key) != options[key] for o in flat)}
+    every = [flat(run.options) for run in runs]
+    differing = {key for options in every for key in options if any(o.get(key) != options[key] for o in every)}
     labels = []
-    for options in flat:
-        same = [o for o in flat if o["method.name"] == options["method.name"]]
+    for options in every:
+        same = [o for o in every if o["method.name"] == options["method.name"]]
         shown = [
             k
             for k in sorted(differing)
@@ -127,13 +106,6 @@ def _labels(runs: list[Run]) -> list[str]:
         ]
         labels.append(" ".join([options["method.name"], *(f"{key}={options[key]}" for key in shown if key in options)]))
     return labels
-
-
-def _flat(options: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in options.items():
-        result |= _flat(value, f"{before}{key}.") if isinstance(value, Mapping) else {before + key: value}
-    return result
 
 
 def as_markdown(lines: Sequence[Line]) -> str:

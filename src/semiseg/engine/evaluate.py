@@ -1,7 +1,7 @@
 """From a network to class probabilities of an image, and to the scores of a split."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,6 +151,12 @@ def ahead(function: Callable[[T], R], items: Iterable[T], threads: int = 2, dept
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+
+
+def joined(scores: Sequence[Scores]) -> Scores:
+    """The scores of several parts of the images as one."""
+    confusions = np.concatenate([part.confusions for part in scores])
+    return Scores(confusions, tuple(name for part in scores for name in part.names), scores[0].classes, scores[0].split)
 
 
 def save_scores(path: Path, scores: Scores) -> None:
