@@ -14,6 +14,9 @@ from semiseg.testing import Case, Move
 
 # What the tests need to know about a method beyond its name. A new method starts without an entry.
 MOVES: Mapping[str, Mapping[str, Sequence[Move]]] = {
+    "fixmatch": {
+        "threshold_decay": (Move(0.0, {"adaptive": True})),
+    },
     "advsemiseg": {
         "lambda_adv": (Move(0.0), Move(0.5)),
         "lambda_adv_unlabelled": (Move(0.0), Move(0.5)),
@@ -68,6 +71,7 @@ SELECTING: Mapping[str, tuple[Mapping[str, Any], Sequence[str]]] = {
 """More options, by which some pixels are selected from the first steps on, and the scalar that tells their share."""
 NO_RUN = "there is no other run here: see test_transfer.py"
 IDLE: Mapping[str, Mapping[str, str]] = {
+    "fixmatch": {"class_wise": "one class alone is predicted in so short a run: see test_methods.py"},
     "selftraining": {"teacher": NO_RUN},
     "transfer": {"teacher": NO_RUN, "source": "other data: see test_transfer.py", "classes": "the same"},
 }
@@ -107,6 +111,13 @@ def test_contract(method: str, check: Callable[[Case], None], tmp_path: Path) ->
 def test_two_processes_end_like_one(method: str, tmp_path: Path) -> None:
     options, shares = SELECTING[method] if method in SELECTING else ({}, ())
     testing.check_processes(case_of(method, tmp_path).with_options(options), shares)
+
+
+@pytest.mark.parametrize("check", [testing.check_resume, testing.check_processes], ids=lambda check: check.__name__)
+def test_thresholds_that_follow_the_teacher(check: Callable[[Case], None], tmp_path: Path) -> None:
+    """They are state of a run, and those of all processes together."""
+    options = {"adaptive": True, "class_wise": True, "threshold_decay": 0.9}
+    check(case_of("fixmatch", tmp_path).with_options(options))
 
 
 @every_method

@@ -11,7 +11,7 @@ from semiseg.data.sampling import Stream
 from semiseg.data.splits import Data
 from semiseg.methods import METHODS, StepMethod, describe, find
 from semiseg.networks.factory import Build, NetworkConfig, OptimConfig
-from semiseg.types import Clock, InputError, Options, Share
+from semiseg.types import VIEW, Clock, InputError, Options, Share, Unlabelled
 
 
 class Pair(StepMethod):
@@ -144,3 +144,20 @@ def test_every_option_is_described(name: str) -> None:
     assert METHODS[name].paper
     assert METHODS[name].__doc__
     assert name in methods.METHODS
+
+
+def test_a_class_that_is_less_sure_has_a_lower_threshold() -> None:
+    """FixMatch with class_wise: 0.9 and 0.6 of confidence on average, and the threshold of the surest is 0.8."""
+    build = Build(2, 3, NetworkConfig(name="fpn", encoder="test_resnet", weights="random"), OptimConfig())
+    method = methods.FixMatch(methods.FixMatch.Config(threshold=0.8, class_wise=True), build)
+    label, valid = torch.tensor([[[0, 0, 1, 1]]]), torch.ones(1, 1, 4, dtype=torch.bool)
+    confidence = torch.tensor([[[0.95, 0.85, 0.65, 0.55]]])
+    table, row = torch.zeros(1, 1, len(VIEW)), torch.zeros(1, dtype=torch.int64)
+    unlabelled = Unlabelled(torch.zeros(1, 3, 1, 4, dtype=torch.uint8), valid, table, row, row)
+    threshold = method._threshold(label, confidence, unlabelled, 0)
+    assert isinstance(threshold, Tensor)
+    assert threshold.flatten().tolist() == pytest.approx([0.8, 0.8, 0.8 * 0.6 / 0.9, 0.8 * 0.6 / 0.9])
+    assert (confidence >= threshold).flatten().tolist() == [True, True, True, True]
+    assert "thresholds.sure" in method.state_dict(), "it is in the checkpoint"
+    plain = methods.FixMatch(methods.FixMatch.Config(threshold=0.8), build)
+    assert plain._threshold(label, confidence, unlabelled, 0) == 0.8

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from semiseg.ops import colour, ema, losses, metrics, mix, norm, pseudo, resize
+from semiseg.ops.threshold import Thresholds
 from semiseg.types import IGNORE, VIEW, Share
 
 C = 4
@@ -782,6 +783,47 @@ def test_ignored_reference_gives_an_empty_matrix() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+# ---- thresholds ------------------------------------------------------------------------------------------------------
+
+
+def test_thresholds_by_hand() -> None:
+    """Four valid pixels: two of class 0 with 0.9 and 0.7, two of class 1 with 0.5 and 0.3; class 2 is never seen."""
+    label = torch.tensor([[[0, 0, 1, 1, 2]]])
+    confidence = torch.tensor([[[0.9, 0.7, 0.5, 0.3, 0.99]]])
+    valid = torch.tensor([[[True, True, True, True, False]]])
+    follows = Thresholds(3, None, class_wise=True, decay=0.9)
+    counts = follows.counts(label, confidence, valid, 3)
+    torch.testing.assert_close(counts, torch.tensor([[1.6, 2], [0.8, 2], [0, 0]], dtype=torch.float64))
+    follows.update(counts, 0)
+    assert follows.level.item() == pytest.approx(0.6)
+    assert follows.sure.tolist() == pytest.approx([0.8, 0.4, 1 / 3])
+    assert follows.of_classes().tolist() == pytest.approx([0.6, 0.3, 0.25])
+    follows.update(follows.counts(label[..., :1], confidence[..., :1], valid[..., :1], 3), 1)  # d = 1/2
+    assert follows.level.item() == pytest.approx((0.6 + 0.9) / 2)
+    assert follows.sure.tolist() == pytest.approx([(0.8 + 0.9) / 2, 0.4, 1 / 3])
+    follows.update(torch.zeros(3, 2, dtype=torch.float64), 2)
+    assert follows.level.item() == pytest.approx(0.75), "a batch of padding changes nothing"
+
+
+def test_thresholds_of_fixed_height_and_of_all_classes_alike() -> None:
+    fixed, alike = Thresholds(2, 0.95, class_wise=True, decay=0.9), Thresholds(2, None, class_wise=False, decay=0.9)
+    for one in (fixed, alike):
+        one.update(torch.tensor([[8.0, 10.0], [4.0, 10.0]], dtype=torch.float64), 0)
+    assert fixed.of_classes().tolist() == pytest.approx([0.95, 0.475])
+    assert alike.of_classes().tolist() == pytest.approx([0.6, 0.6])
+
+
+@given(st.integers(0, 10_000))
+def test_threshold_counts_are_sums_over_pixels(seed: int) -> None:
+    logits, mask = batch(seed)
+    label, confidence = pseudo.pseudo_label(logits)
+    valid = mask != IGNORE
+    found = Thresholds.counts(label, confidence, valid, C).numpy()
+    for c in range(C):
+        mine = confidence.numpy()[(label.numpy() == c) & valid.numpy()]
+        np.testing.assert_allclose(found[c], [mine.sum(), len(mine)])
+
+
 def test_nothing_waits_for_the_device() -> None:
     logits, mask = (t.cuda() for t in batch(80))
     image, u = picture(80, 2).cuda(), {name: values.cuda() for name, values in uniforms(80, 2).items()}

@@ -18,6 +18,7 @@ import torch
 from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor, nn
 
+from semiseg import parallel
 from semiseg.data.sampling import Phase, Stream
 from semiseg.data.splits import Data
 from semiseg.methods.base import StepMethod
@@ -29,6 +30,7 @@ from semiseg.ops.losses import masked_cross_entropy
 from semiseg.ops.mix import cutmix_box, mix
 from semiseg.ops.norm import kept_statistics
 from semiseg.ops.pseudo import pseudo_label
+from semiseg.ops.threshold import Thresholds
 from semiseg.types import Clock, Labelled, Options, Portion, Portions, Unlabelled, ascending
 
 Positive = Annotated[float, Field(gt=0)]
@@ -43,6 +45,12 @@ class FixMatch(StepMethod):
         loss: LossConfig = LossConfig()
         threshold: Portion = 0.95
         """Least confidence of a pseudo-label that counts."""
+        adaptive: bool = False
+        """The threshold is a moving average of the teacher's mean confidence instead."""
+        class_wise: bool = False
+        """A class of which the teacher is less sure than of the surest one has a threshold as much lower."""
+        threshold_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
+        """Of the moving averages that adaptive and class_wise need."""
         weight: Annotated[float, Field(ge=0)] = 1.0
         """Weight of the unlabelled loss against the labelled one."""
         ema: Annotated[float, Field(ge=0, lt=1)] = 0.99
@@ -77,6 +85,10 @@ class FixMatch(StepMethod):
         self.student = build.network()
         self.teacher = make_teacher(self.student)
         self.loss = LabelledLoss(config.loss, build)
+        self.thresholds: Thresholds | None = None
+        if config.adaptive or config.class_wise:
+            fixed = None if config.adaptive else config.threshold
+            self.thresholds = Thresholds(build.classes, fixed, config.class_wise, config.threshold_decay)
         self.optimizers = {"student": build.optimizer(self.student)}
         if build.channels != 3:
             build.report.append(f"images have {build.channels} channels, not 3: colours stay, strong views are blurred")
@@ -89,7 +101,7 @@ class FixMatch(StepMethod):
         c = self.config
         with torch.no_grad():
             label, confidence = pseudo_label(self.teacher(unlabelled.image))
-            confident = (confidence >= c.threshold) & unlabelled.valid
+            confident = (confidence >= self._threshold(label, confidence, unlabelled, clock.step)) & unlabelled.valid
             u = unlabelled.view(0)
             image = strong(to_float(unlabelled.image), u, c.jitter, blur_probability=c.blur, sigma=c.sigma)
             size = (image.shape[2], image.shape[3])
@@ -113,6 +125,14 @@ class FixMatch(StepMethod):
             "loss_unlabelled": values[-1],
             "confident": confident.sum() / unlabelled.valid.sum(),
         }
+
+    def _threshold(self, label: Tensor, confidence: Tensor, unlabelled: Unlabelled, step: int) -> Tensor | float:
+        """Of each pixel, (B, H, W), or of all."""
+        if self.thresholds is None:
+            return self.config.threshold
+        counts = self.thresholds.counts(label, confidence, unlabelled.valid, self.build.classes)
+        self.thresholds.update(parallel.added(counts), step)
+        return self.thresholds.of_classes()[label]
 
     def predictor(self) -> nn.Module:
         return self.teacher
