@@ -15,7 +15,7 @@ from semiseg.testing import Case, Move
 # What the tests need to know about a method beyond its name. A new method starts without an entry.
 MOVES: Mapping[str, Mapping[str, Sequence[Move]]] = {
     "fixmatch": {
-        "threshold_decay": (Move(0.0, {"adaptive": True})),
+        "threshold_decay": (Move(0.0, {"adaptive": True}),),
     },
     "advsemiseg": {
         "lambda_adv": (Move(0.0), Move(0.5)),
