@@ -40,10 +40,16 @@ def _line(arm: Arm, arms: list[Arm]) -> dict[str, Any]:
     top = _labelled_only(arms, first, first["masks"])
     subsets = [name for name in first if name.startswith("miou_") and any(row[name] for row in arm.values())]
     line: dict[str, Any] = {name: first[name] for name in ("recipe", "data", "setting", "split", "method")}
-    line |= {"labelled": int(first["labelled"]), "seeds": sorted(arm), **_mean("miou", arm), **_mean("val_best", arm)}
+    line |= {
+        "labelled": int(first["labelled"]),
+        "masks": int(first["masks"]),
+        "seeds": sorted(arm),
+        **_mean("miou", arm),
+        **_mean("val_best", arm),
+    }
     line |= {"subsets": {name.removeprefix("miou_"): _mean(name, arm) for name in subsets}}
     line |= {"minutes": _values("minutes", arm).mean(), "gb": _values("gb", arm).max()}
-    line |= {"difference": None, "interval": None, "gap_closed": None}
+    line |= {"difference": None, "interval": None, "gap_closed": None, "gap_interval": None}
     if base is not None and base is not arm:
         line |= compared(arm, base, top)
     return line
@@ -69,11 +75,37 @@ def compared(arm: Arm, base: Arm, top: Arm | None) -> dict[str, Any]:
     if len(seeds) > 1:
         half = stats.t.ppf(0.975, len(seeds) - 1) * change.std(ddof=1) / np.sqrt(len(seeds))
         interval = [float(change.mean() - half), float(change.mean() + half)]
-    share = None
+    share = limits = None
     if top is not None and (all_three := [seed for seed in seeds if seed in top]):
-        low, high = _values("miou", base, all_three).mean(), _values("miou", top, all_three).mean()
-        share = float((_values("miou", arm, all_three).mean() - low) / (high - low)) if high > low else None
-    return {"difference": float(change.mean()), "interval": interval, "pairs": len(seeds), "gap_closed": share}
+        low = _values("miou", base, all_three)
+        gain, gap = _values("miou", arm, all_three) - low, _values("miou", top, all_three) - low
+        share = float(gain.mean() / gap.mean()) if gap.mean() > 0 else None
+        limits = ratio_interval(gain, gap)
+    return {
+        "difference": float(change.mean()),
+        "interval": interval,
+        "pairs": len(seeds),
+        "gap_closed": share,
+        "gap_interval": limits,
+    }
+
+
+def ratio_interval(above: np.ndarray, below: np.ndarray) -> list[float] | None:
+    """95 % interval of mean(above) / mean(below), paired (n,) (Fieller 1954); none where it has no end.
+
+    It has none where zero lies in the interval of what is divided by: nothing is known of the share of a gap that may
+    not be there.
+    """
+    n = len(above)
+    if n < 2:
+        return None
+    spread = np.cov(above, below) * stats.t.ppf(0.975, n - 1) ** 2 / n
+    a, b = above.mean(), below.mean()
+    square, linear, constant = b * b - spread[1, 1], a * b - spread[0, 1], a * a - spread[0, 0]
+    if square <= 0:
+        return None
+    root = math.sqrt(max(0.0, linear * linear - square * constant))
+    return [float((linear - root) / square), float((linear + root) / square)]
 
 
 def _values(column: str, arm: Arm, seeds: list[int] | None = None) -> np.ndarray:

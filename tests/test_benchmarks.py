@@ -32,7 +32,7 @@ common, passes, step, data, ledger, summary, accuracy = map(
 mechanism, critic, partition, contrast, centroids, processes = map(
     import_module, ("mechanism", "critic", "partition", "contrast", "centroids", "processes")
 )
-labelling, schedule, pseudolabels = map(import_module, ("labelling", "schedule", "pseudolabels"))
+labelling, schedule, pseudolabels, results = map(import_module, ("labelling", "schedule", "pseudolabels", "results"))
 
 Write = Callable[..., Path]
 
@@ -651,3 +651,51 @@ def test_processes_are_measured(recipe: Write, capsys: pytest.CaptureFixture[str
         processes.main([str(recipe(train__batch=4)), "--steps", "15"])
     with pytest.raises(InputError, match="--steps 14 leaves nothing"):
         processes.main(["--steps", "14"])
+
+
+# ---- the page --------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_is_what_the_ledger_says() -> None:
+    assert results.main(["--check"]) == 0
+
+
+def test_the_ratio_interval_ends_where_the_ratio_would_be_refused() -> None:
+    rng = np.random.default_rng(0)
+    below = rng.normal(3, 0.5, 5)
+    above = 0.5 * below + rng.normal(0, 0.3, 5)
+    ends = summary.ratio_interval(above, below)
+    assert ends[0] < above.mean() / below.mean() < ends[1]
+    for end in ends:
+        left = above - end * below
+        assert abs(left.mean()) / stats.sem(left) == pytest.approx(stats.t.ppf(0.975, 4))
+    assert summary.ratio_interval(above, rng.normal(0, 1, 5)) is None, "of a gap that may be none"
+
+
+def test_curves_and_ranks(tmp_path: Path) -> None:
+    def line(data: str, method: str, labelled: int, miou: float) -> dict[str, Any]:
+        shared = {"data": data, "setting": "tiny", "split": "test", "masks": 400, "seeds": [0, 1], "subsets": {}}
+        shared |= {"val_best": 50.0, "val_best_spread": 1.0, "miou_spread": 1.0, "minutes": 3.0, "pairs": 2}
+        shared |= {"difference": None, "interval": None, "gap_closed": None, "gap_interval": None}
+        return {"method": method, "labelled": labelled, "miou": miou, **shared}
+
+    found = [
+        *(line("camvid", "supervised", n, 40 + n / 10) for n in (23, 46, 92)),
+        *(line("camvid", "fixmatch", n, 42 + n / 10) for n in (23, 46, 92)),
+        line("camvid", "u2pl", 46, 60.0),
+        *(line(data, m, n, s) for data, n in (("idd_lite", 88), ("dsb2018", 29)) for m, s in RANKED.items()),
+    ]
+    assert list(results.curves(found)) == ["supervised", "fixmatch"], "one number of labels is no curve"
+    results.draw(found, tmp_path / "a.svg")
+    results.draw(found, tmp_path / "b.svg")
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+    text = results.page(found)
+    assert "labels-camvid.svg" in text
+    ranks = [row for row in text.partition("## The default")[2].splitlines() if row.startswith("| ")]
+    assert [row.split("|")[1].strip() for row in ranks] == ["method", "fixmatch", "supervised"], (
+        "u2pl is not everywhere"
+    )
+    assert ranks[1].rstrip(" |").endswith("1.33")
+
+
+RANKED = {"supervised": 52.0, "fixmatch": 51.0}

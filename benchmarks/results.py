@@ -1,0 +1,180 @@
+"""Writes docs/results.md and its curves from results.csv: nothing on that page is written by hand.
+
+    python benchmarks/results.py [--check]
+
+A table for each data set and setting, mIoU against the number of labels (a line a method, a band of one standard
+deviation over seeds), and the methods' ranks over the data sets that chose the default. --check writes nothing and
+fails where the page is not what results.csv says.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import HERE, ROOT, parser, read_csv, run_script, table
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from scipy import stats
+from summary import lines
+
+from semiseg.files import replacing, write_text
+from semiseg.methods import DEFAULT
+from semiseg.types import InputError
+
+PAGE = ROOT / "docs/results.md"
+PICTURES = ROOT / "docs/pictures"
+RANKED = {"camvid": 46, "idd_lite": 88, "dsb2018": 29}
+"""Data and labels over which the default is chosen."""
+NAMES = {"camvid": "CamVid", "idd_lite": "IDD-lite", "dsb2018": "Nuclei (DSB2018)"}
+HEAD = """# Results
+
+This page is written by `benchmarks/results.py` from `benchmarks/results.csv`, where one row is one run, with its commit
+and all its options. Scores are mIoU in per cent, of the checkpoint that was best on val; ± is the standard deviation
+over seeds, which are those of the run and of the draw of the labels. A difference is paired over the seeds that both
+have, and its 95 % interval covers training and draw: with few seeds it is wide, with one there is none. The *share of
+the gap* is what a method gains over labelled-only, of what all masks gain; its interval is Fieller's, and has no end
+where the gap itself cannot be told from zero.
+
+Networks and images are small and runs take minutes on two CPU cores. That tells methods apart on equal terms; it is
+not what a data set can give, and does not compare with the numbers of papers.
+"""
+
+
+def page(found: list[dict[str, Any]]) -> str:
+    """The page's text; `found` are the lines of summary.lines."""
+    parts = [HEAD]
+    for data in dict.fromkeys(x["data"] for x in found):
+        parts.append(f"## {NAMES[data] if data in NAMES else data}\n")
+        inside = [x for x in found if x["data"] == data]
+        for setting in dict.fromkeys(x["setting"] for x in inside):
+            mine = [x for x in inside if x["setting"] == setting]
+            parts.append(f"{setting[0].upper()}{setting[1:]}.\n\n{_table(mine)}\n")
+            if curves(mine):
+                parts.append(f"![mIoU against labels](pictures/{_picture(mine)})\n")
+    parts.append(_ranks(found))
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _table(mine: list[dict[str, Any]]) -> str:
+    subsets = list(dict.fromkeys(name for x in mine for name in x["subsets"]))
+    split = mine[0]["split"]
+    head = ["method", "labels", "seeds", *(["val"] if split == "test" else []), split]
+    rows = [[*head, *(name.replace("_", " ") for name in subsets), "to labelled-only", "share of the gap", "min"]]
+    for x in mine:
+        scores = [_spread(x, "val_best")] if split == "test" else []
+        scores += [_spread(x, "miou")]
+        scores += [_spread(x["subsets"][name], f"miou_{name}") if name in x["subsets"] else "" for name in subsets]
+        seeds = ", ".join(map(str, x["seeds"])) if len(x["seeds"]) < 3 else f"{x['seeds'][0]}-{x['seeds'][-1]}"
+        cells = [x["method"], str(x["labelled"]), seeds, *scores, _difference(x), _share(x), f"{x['minutes']:.0f}"]
+        rows.append(cells)
+    return table(rows)
+
+
+def _spread(x: dict[str, Any], column: str) -> str:
+    if np.isnan(x[column]):
+        return ""
+    spread = x[f"{column}_spread"]
+    return f"{x[column]:.1f}" + ("" if spread is None else f" ± {spread:.1f}")
+
+
+def _difference(x: dict[str, Any]) -> str:
+    if x["difference"] is None:
+        return ""
+    interval = x["interval"]
+    return f"{x['difference']:+.1f}" + ("" if interval is None else f" ({interval[0]:+.1f} .. {interval[1]:+.1f})")
+
+
+def _share(x: dict[str, Any]) -> str:
+    if x["gap_closed"] is None or x["labelled"] == x["masks"]:
+        return ""
+    limits, pairs = x["gap_interval"], x["pairs"]
+    words = "" if pairs < 2 else " (no end)" if limits is None else f" ({_percent(limits[0])} .. {_percent(limits[1])})"
+    return _percent(x["gap_closed"]) + words
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.0f} %"
+
+
+def curves(mine: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The lines of each method that has several numbers of labels, if the labelled-only model has."""
+    methods = {x["method"]: [y for y in mine if y["method"] == x["method"]] for x in mine}
+    several = {name: ys for name, ys in methods.items() if len({y["labelled"] for y in ys}) > 2}
+    return several if "supervised" in several else {}
+
+
+def _picture(mine: list[dict[str, Any]]) -> str:
+    return f"labels-{mine[0]['data']}.svg"
+
+
+def draw(mine: list[dict[str, Any]], path: Path) -> None:
+    """mIoU against the number of labels, a line a method with a band of one standard deviation."""
+    # Text as text, and names that do not change from one call to the next.
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "semiseg"}):
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        axes = figure.subplots()
+        for name, ys in curves(mine).items():
+            ordered = sorted(ys, key=lambda y: int(y["labelled"]))
+            labels = [y["labelled"] for y in ordered]
+            means = np.array([y["miou"] for y in ordered])
+            spread = np.array([y["miou_spread"] or 0 for y in ordered])
+            (line,) = axes.plot(labels, means, marker="o", label=name)
+            axes.fill_between(labels, means - spread, means + spread, alpha=0.15, color=line.get_color())
+        counts = sorted({y["labelled"] for ys in curves(mine).values() for y in ys})
+        axes.set_xscale("log")
+        axes.set_xticks(counts, [str(count) for count in counts])
+        axes.minorticks_off()
+        axes.set_xlabel("labelled images")
+        axes.set_ylabel(f"{mine[0]['split']} mIoU, %")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        with replacing(path) as part:
+            figure.savefig(part, format="svg", metadata={"Date": None})
+
+
+def _ranks(found: list[dict[str, Any]]) -> str:
+    """Methods with a score on every ranked data set, the best mean rank first."""
+    scores: dict[str, dict[str, float]] = {}
+    for x in found:
+        if x["data"] in RANKED and x["labelled"] == RANKED[x["data"]] and "random" not in x["setting"]:
+            scores.setdefault(x["method"], {})[x["data"]] = x["miou"]
+    complete = {name: values for name, values in scores.items() if values.keys() == RANKED.keys()}
+    text = "## The default\n\n"
+    if len(complete) < 2:
+        return text + f"`{DEFAULT}`; too few methods have a score on all of {', '.join(RANKED)} to rank them.\n"
+    values = np.array([[complete[name][data] for data in RANKED] for name in complete])
+    ranks = stats.rankdata(-values, axis=0)
+    order = np.argsort(ranks.mean(1), kind="stable")
+    names = list(complete)
+    rows = [["method", *(f"{NAMES[data]}, {count} labels" for data, count in RANKED.items()), "mean rank"]]
+    for i in order:
+        cells = [f"{values[i, j]:.1f} ({ranks[i, j]:g})" for j in range(len(RANKED))]
+        rows.append([names[i], *cells, f"{ranks[i].mean():.2f}"])
+    text += "Mean mIoU and its rank on each data set, of the methods that have a score on all. "
+    return f"{text}The default is `{DEFAULT}`.\n\n{table(rows)}\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parser(__doc__)
+    options.add_argument("--check", action="store_true", help="fail where the page is another")
+    options.add_argument("--results", type=Path, default=HERE / "results.csv")
+    given = options.parse_args(arguments)
+    found = lines(read_csv(given.results), [])
+    text = page(found)
+    if given.check:
+        if not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:
+            raise InputError(f"{PAGE} is not what {given.results} says: run benchmarks/results.py.")
+        return 0
+    for key in dict.fromkeys((x["data"], x["setting"]) for x in found):
+        mine = [x for x in found if (x["data"], x["setting"]) == key]
+        if curves(mine):
+            draw(mine, PICTURES / _picture(mine))
+    write_text(PAGE, text)
+    print(f"{PAGE.relative_to(ROOT)} written", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)
