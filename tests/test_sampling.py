@@ -11,7 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from semiseg.data.rows import Rows
-from semiseg.data.sampling import Draw, Phase, Stream, Timetable, draws, epoch_order, mix_group
+from semiseg.data.sampling import (
+    LISTED,
+    ROUNDS,
+    Draw,
+    Phase,
+    Stream,
+    Timetable,
+    draws,
+    epoch_order,
+    mix_group,
+    permuted,
+    rows_at,
+)
 from semiseg.engine import schedule
 from semiseg.types import TrainConfig
 
@@ -266,3 +278,67 @@ def test_a_schedule_leaves_the_run_its_samples(pool: int, name: str) -> None:
     if name == "alternate":
         last = timetable.samples - int(timetable.first_sample[-2])
         assert last == pytest.approx(800, abs=8 * len(timetable.phases) * 0.05 + 64)
+
+
+def keys_of(seed: int) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    return np.random.default_rng(seed).integers(2**64, size=ROUNDS, dtype=np.uint64)
+
+
+@given(st.integers(1, 3000), seeds)
+def test_the_permutation_takes_every_row_once(rows: int, seed: int) -> None:
+    assert np.array_equal(np.sort(permuted(np.arange(rows), rows, keys_of(seed))), np.arange(rows))
+
+
+def test_a_place_may_get_any_row() -> None:
+    """Chi-square of the rows at the first, a middle and the last place, and of what follows what, over many keys."""
+    rows, turns = 37, 2500
+    found = np.stack([permuted(np.arange(rows), rows, keys_of(seed)) for seed in range(turns)])
+    for column in (found[:, 0], found[:, 20], found[:, -1], (found[:, 1] - found[:, 0]) % rows - 1):
+        counts = np.bincount(column, minlength=rows)[: column.max() + 1]
+        expected = turns / len(counts)
+        assert ((counts - expected) ** 2 / expected).sum() < 90, counts  # 36 degrees of freedom: beyond 1e-6
+
+
+def test_a_large_pool_is_shuffled_evenly() -> None:
+    """Each thousandth of the order is spread over the pool, and no row is a function of the one before."""
+    rows = 1_000_000
+    order = permuted(np.arange(rows), rows, keys_of(0))
+    grid = np.histogram2d(np.arange(rows), order, bins=(100, 100))[0]
+    assert ((grid - 100) ** 2 / 100).sum() == pytest.approx(9801, abs=6 * (2 * 9801) ** 0.5)
+    assert abs(np.corrcoef(order[1:], order[:-1])[0, 1]) < 6e-3
+    assert abs((order == permuted(np.arange(rows), rows, keys_of(1))).sum() - 1) < 8
+
+
+def test_epochs_of_a_large_pool() -> None:
+    rows = LISTED + 1
+    whole = [rows_at(np.arange(rows), rows, 5, 1, epoch) for epoch in range(2)]
+    assert all(np.array_equal(np.sort(order), np.arange(rows)) for order in whole)
+    assert (whole[0] == whole[1]).sum() < 12
+    some = np.array([7, 0, rows - 1, 1])
+    assert rows_at(some, rows, 5, 1, 1).tolist() == whole[1][some].tolist()
+
+
+def test_the_seam_of_two_epochs_of_a_large_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With few rows seams that would repeat one are frequent enough to be seen."""
+    monkeypatch.setattr("semiseg.data.sampling.LISTED", 2)
+    orders = [rows_at(np.arange(5), 5, 0, 1, epoch) for epoch in range(60)]
+    assert all(sorted(order) == list(range(5)) for order in orders)
+    assert all(a[-1] != b[0] for a, b in itertools.pairwise(orders))
+    for epoch in range(60):
+        assert [int(rows_at(np.array([i]), 5, 0, 1, epoch)[0]) for i in range(5)] == orders[epoch].tolist()
+
+
+@pytest.mark.parametrize(
+    ("rows", "first", "seam"),
+    [
+        (10, [5, 1, 2, 9, 6, 3], [8, 0, 7, 4, 9, 7]),
+        (LISTED, [10212, 88619, 31187, 14566, 33301, 3762], [82452, 18333, 107397, 105971, 6348, 14221]),
+        (LISTED + 1, [63860, 35395, 58956, 23690, 29801, 52004], [55803, 52335, 119443, 32223, 56487, 109293]),
+    ],
+)
+def test_draws_stay_what_they_are(rows: int, first: list[int], seam: list[int]) -> None:
+    """Numbers that published runs were drawn by; in larger pools by the permutation."""
+    pool = stream(rows, Phase((8, 8), 6))
+    timetable = Timetable(pool.phases, 4 * rows)
+    found = [draws(pool, timetable, "unlabelled", 3, step).rows.tolist() for step in (0, -(-rows // 6) - 1)]
+    assert found == [first, seam]

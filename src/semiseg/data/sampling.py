@@ -1,6 +1,7 @@
 """Which samples make up step t: a pure function of (seed, stream, step), so that nothing has to be restored at resume.
 
 Position p counts the samples of a stream from the start of the run; epoch p // n has one shuffled order of the n rows.
+In pools of more than LISTED rows that order is a function of the place in it, so that none is held in memory.
 """
 
 import zlib
@@ -19,6 +20,10 @@ Key = tuple[int, int, int, int]
 
 SAMPLE, ORDER, PARTNER, SHUFFLE, PLACES = 1, 2, 3, 4, 5
 """What a generator is for. Never 0: NumPy takes a key and the same key with zeros behind it for one."""
+LISTED = 2**17
+"""Rows up to which an epoch's order is a list. Another value changes the draws of runs on pools between the two."""
+ROUNDS = 8
+"""Of the permutation: with random functions four do (Luby and Rackoff, SIAM J. Comput. 1988), and ours are hashes."""
 NOWHERE = 1000
 """In a key, where the number of a class would be: the crops around no place."""
 
@@ -128,12 +133,61 @@ def stream_number(name: str) -> int:
     return zlib.crc32(name.encode())
 
 
+def rows_at(places: NDArray[np.int64], rows: int, seed: int, stream: int, epoch: int) -> NDArray[np.int64]:
+    """The rows at the given places of one epoch's shuffled order of the pool.
+
+    An epoch never begins with the row that ended the one before: neighbours in time are different rows if the pool has
+    two.
+    """
+    if rows <= LISTED:
+        return epoch_order(rows, seed, stream, epoch)[places]
+    if epoch > 0 and places.min() < 2:
+        first, last = (
+            permuted(np.array([place]), rows, _keys(seed, stream, number))[0]
+            for place, number in ((0, epoch), (rows - 1, epoch - 1))
+        )
+        if first == last:
+            places = np.where(places < 2, 1 - places, places)
+    return permuted(places, rows, _keys(seed, stream, epoch))
+
+
+def permuted(places: NDArray[np.int64], rows: int, keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Where a permutation of 0..rows-1 that the keys choose takes some of them; it is held nowhere.
+
+    A Feistel network permutes the numbers of as many bits as `rows - 1` has; what it takes beyond the rows goes through
+    it again, until it comes back inside (cycle walking: Black and Rogaway, CT-RSA 2002): twice at most on average.
+    """
+    bits = max(2, (rows - 1).bit_length())
+    low = np.uint64(bits // 2)
+    left_mask, right_mask = (np.uint64(2**width - 1) for width in (bits - bits // 2, bits // 2))
+    found = places.astype(np.uint64)
+    outside = np.ones(len(found), dtype=np.bool_)
+    while outside.any():
+        left, right = found[outside] >> low, found[outside] & right_mask
+        for even, odd in keys.reshape(-1, 2):
+            left ^= _mixed(right, even) & left_mask
+            right ^= _mixed(left, odd) & right_mask
+        found[outside] = left << low | right
+        outside = found >= rows
+    return found.astype(np.int64)
+
+
+@lru_cache(maxsize=8)
+def _keys(seed: int, stream: int, epoch: int) -> NDArray[np.uint64]:
+    return np.random.default_rng((seed, stream, epoch, ORDER)).integers(2**64, size=ROUNDS, dtype=np.uint64)
+
+
+def _mixed(values: NDArray[np.uint64], key: np.uint64) -> NDArray[np.uint64]:
+    """Hashes numbers: the last steps of SplitMix64 (Steele et al., OOPSLA 2014)."""
+    values = values + key
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
 @lru_cache(maxsize=8)
 def epoch_order(rows: int, seed: int, stream: int, epoch: int) -> NDArray[np.int64]:
-    """One epoch's shuffled order of the pool.
-
-    It never begins with the row that ended the epoch before: neighbours in time are different rows if the pool has two.
-    """
+    """One epoch's shuffled order of a pool that is not large; see `rows_at`."""
     if rows == 2:
         epoch = 0  # any other order of two would repeat a row at the seam
     order = np.random.default_rng((seed, stream, epoch, ORDER)).permutation(rows)
@@ -267,7 +321,7 @@ def draws(stream: Stream, timetable: Timetable, name: str, seed: int, step: int)
         inside = positions // count == epoch
         place = positions[inside] % count
         if mixture is None:
-            rows[inside] = epoch_order(count, seed, number, epoch)[place]
+            rows[inside] = rows_at(place, count, seed, number, epoch)
         else:
             order, around = mixture.epoch(seed, number, epoch)
             rows[inside], centres[inside] = order[place], around[place]
