@@ -1,5 +1,6 @@
 """Pseudo-labels on the disk: the pixels of `predict`, whole files only, known by what they depend on."""
 
+import hashlib
 import json
 import os
 from dataclasses import replace
@@ -22,7 +23,7 @@ from semiseg.data.splits import Data
 from semiseg.engine import pseudo
 from semiseg.engine.evaluate import probabilities, to_tensor
 from semiseg.engine.predict import Job, Predictor, predict_files
-from semiseg.engine.pseudo import pseudo_label
+from semiseg.engine.pseudo import fingerprint, pseudo_label
 from semiseg.types import IGNORE, InferenceConfig, InputError, Labelled
 
 CPU = torch.device("cpu")
@@ -230,6 +231,15 @@ def test_a_pool_of_masks_and_pseudo_labels(net: Net, data: Data, tmp_path: Path,
             item.batches["labelled"] for item in (steps[0], steps[1], steps[2]) if not isinstance(item, InputError)
         ]
         assert sorted(int(r) for b in batches if isinstance(b, Labelled) for r in b.row) == list(range(12))
+
+
+def test_the_images_of_a_card(net: Net, data: Data, tmp_path: Path) -> None:
+    """They are hashed in parts, and are those of one text."""
+    names = [f"folder/{i}.png" for i in range(2500)]
+    for count in (0, 1, 1000, 1001, 2500):
+        card = fingerprint(net, Rows.of(tmp_path, names[:count]), data, InferenceConfig())
+        whole = hashlib.sha256("\n".join(names[:count]).encode()).hexdigest()[:16]
+        assert card["images"] == f"{count}, {whole}"
 
 
 def test_two_classes_of_which_a_label_shows_one(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import os
 import pickle
 from collections.abc import Callable, Sequence
 from itertools import chain, pairwise
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from semiseg.data import splits
+from semiseg.data.layouts import find_images
 from semiseg.data.splits import (
     Data,
     DataConfig,
@@ -292,6 +293,32 @@ def test_images_of_other_data(tree: Tree, tmp_path: Path, monkeypatch: pytest.Mo
     fails("share images: name folders of other data, each once", root, extra=str(root.parent), **options)
     (tmp_path / "common/empty").mkdir()
     fails("empty is not a folder with images: name another one", root, extra="empty", **options)
+
+
+def test_the_order_of_files(tmp_path: Path) -> None:
+    """That of Python's strings without suffixes, whatever order the disk has: draws go by it."""
+    names = [
+        "a.jpg",
+        "a-b.jpg",
+        "a/b.jpg",
+        "a.b.jpg",
+        "Z.PNG",
+        "ä.png",
+        "ж日.png",
+        "𝛼.png",
+        "￮.png",
+        "a b.png",
+        "10.png",
+    ]
+    for name in [*names, ".hidden.png", ".git/x.png", "a/note.txt"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "link").symlink_to(tmp_path / "a", target_is_directory=True)
+    found = find_images(tmp_path, [])
+    assert found.image.tolist() == sorted([*names, "link/b.jpg"], key=lambda name: str(PurePath(name).with_suffix("")))
+    (tmp_path / "a/b.PNG").touch()
+    with pytest.raises(InputError, match=r"has both a/b.PNG and a/b.jpg, whose masks would be the same: rename one"):
+        find_images(tmp_path, [])
 
 
 def test_wrong_format(tree: Tree) -> None:

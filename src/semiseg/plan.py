@@ -16,11 +16,13 @@ from semiseg import experiment, methods, parallel
 from semiseg.config import Recipe, build_of, parse
 from semiseg.data.formats import image_channels, image_size, mask_values, read_mask
 from semiseg.data.loader import Steps
+from semiseg.data.packed import File
 from semiseg.data.sampling import Timetable
 from semiseg.data.splits import IMAGE_SUFFIXES, Data, DataConfig, load_data, looks_like_sequences, read_classes
 from semiseg.types import IGNORE, Clock, InputError, some
 
 T = TypeVar("T")
+AnyFile = TypeVar("AnyFile", Path, File)
 Floats = NDArray[np.float64]
 
 SAMPLE = 100
@@ -167,7 +169,7 @@ def _values(path: Path, known: bool) -> set[int]:
     return mask_values(path) if not known else _readable(mask_values, path) or set()
 
 
-def _readable(function: Callable[[Path], T], path: Path) -> T | None:
+def _readable(function: Callable[[AnyFile], T], path: AnyFile) -> T | None:
     """None where the file is damaged: what cannot be done without, its reader will name."""
     try:
         return function(path)

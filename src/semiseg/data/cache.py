@@ -5,7 +5,7 @@ import struct
 from collections.abc import Callable
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from semiseg.data.formats import MaskCode, read_image, read_mask, read_planes
+from semiseg.data.packed import File, Packed
 from semiseg.data.rows import Row
 from semiseg.files import replacing
 from semiseg.types import InputError
@@ -21,6 +22,7 @@ Size = int | tuple[int, int] | None
 """data.size: the longest side in px, exact (H, W) in px, or None for the file's own."""
 
 Shape = tuple[int, int]
+AnyFile = TypeVar("AnyFile", Path, File)
 _SHAPE = struct.Struct("<II")
 
 
@@ -125,11 +127,11 @@ def _open_mask(row: Row, code: MaskCode, size: Size, cache: bool) -> tuple[NDArr
 
 
 def _resized(
-    path: Path,
+    path: AnyFile,
     kind: tuple[Any, ...],
     size: Size,
     cache: bool,
-    read: Callable[[Path], NDArray[Any]],
+    read: Callable[[AnyFile], NDArray[Any]],
     resize: Callable[[NDArray[Any], Shape], NDArray[Any]],
 ) -> tuple[NDArray[Any], Shape]:
     """The array at the size asked for, and the file's own (H, W). `kind`: what the pixels depend on but the file."""
@@ -144,13 +146,17 @@ def _resized(
     return array, shape
 
 
-def _place(path: Path, kind: tuple[Any, ...], size: Size) -> Path | None:
+def _place(path: File, kind: tuple[Any, ...], size: Size) -> Path | None:
     """The cached file's path, another one whenever the source changes; None where there is no source."""
-    try:
-        stat = path.stat()
-    except OSError:
-        return None  # the reader tells the user
-    key = repr((str(path.absolute()), stat.st_mtime_ns, stat.st_size, kind, size))
+    if isinstance(path, Packed):
+        source: tuple[object, ...] = (path,)  # with the shard's size and time of change
+    else:
+        try:
+            stat = path.stat()
+        except OSError:
+            return None  # the reader tells the user
+        source = str(path.absolute()), stat.st_mtime_ns, stat.st_size
+    key = repr((*source, kind, size))
     name = blake2b(key.encode(), digest_size=16).hexdigest()
     return cache_dir() / "resized" / name[:2] / f"{name}.npy"
 

@@ -388,6 +388,7 @@ def _sequences(data: Data) -> list[str]:
 def _key(row: Row, data: Data) -> str:
     """Names the pair as it is now, and what its reading depends on."""
     assert row.mask is not None
+    assert isinstance(row.image, Path), "images with masks are files of their own"
     parts = [repr(data.code), str(data.config.channels)]
     for path in (row.image, row.mask):
         try:

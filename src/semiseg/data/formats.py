@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, UnidentifiedImageError
 
+from semiseg.data.packed import File
 from semiseg.files import replacing
 from semiseg.types import IGNORE, InputError, some
 
@@ -35,6 +36,9 @@ _TURNED = {
     8: lambda a: a.swapaxes(0, 1)[::-1],
 }
 """EXIF 2.32, orientation: how stored rows and columns become shown ones; 1 is as stored."""
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".npy"})
+"""Files that are looked at, in lower case; others in a data folder are passed over."""
 
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
@@ -85,7 +89,7 @@ class MaskCode:
         return replace(self, to=tuple(to))
 
 
-def read_image(path: Path, channels: int) -> Pixels:
+def read_image(path: File, channels: int) -> Pixels:
     """Decodes an image as it is shown: palette and CMYK to RGB, alpha dropped, turned as EXIF says.
 
     A file with as many channels as asked is taken whole, an alpha channel too; a grey one is repeated; RGB becomes one
@@ -166,7 +170,7 @@ def read_planes(path: Path) -> NDArray[np.uint8]:
         ) from error
 
 
-def _decode(path: Path, raw: bool) -> tuple[Pixels, bool]:
+def _decode(path: File, raw: bool) -> tuple[Pixels, bool]:
     """(H, W, K) and whether the last channel is alpha. `raw`: as stored, for masks, instead of as shown."""
     try:
         data = path.read_bytes()
@@ -257,7 +261,7 @@ def _tiff(data: bytes) -> tuple[Pixels, bool] | None:
     return (_TURNED[turn](pixels) if turn in _TURNED else pixels), alpha
 
 
-def _fit(path: Path, pixels: Pixels, alpha: bool, channels: int) -> Pixels:
+def _fit(path: File, pixels: Pixels, alpha: bool, channels: int) -> Pixels:
     """(H, W, K) to (H, W, channels)."""
     if alpha and pixels.shape[2] != channels:
         pixels = pixels[..., :-1]
@@ -359,10 +363,10 @@ def _unknown_colours(path: Path, raw: Pixels, packed: NDArray[np.uint32]) -> str
     return f"{path}: has colours {some(colours)} that are not in the class file; add them there or correct the mask."
 
 
-def image_size(path: Path) -> tuple[int, int]:
+def image_size(path: File) -> tuple[int, int]:
     """(H, W) in px of an image as it is shown, from its head where that tells. Raises InputError like `read_image`."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path if isinstance(path, Path) else BytesIO(path.read_bytes())) as image:
             if image.format != "TIFF":  # whose pages may be channels, and whose size Pillow turns while it loads
                 width, height = image.size
                 turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
@@ -373,7 +377,7 @@ def image_size(path: Path) -> tuple[int, int]:
     return pixels.shape[0], pixels.shape[1]
 
 
-def image_channels(path: Path) -> int:
+def image_channels(path: File) -> int:
     """Channels of an image's pixels, alpha left out. Raises InputError like `read_image`."""
     pixels, alpha = _decode(path, raw=False)
     return int(pixels.shape[2]) - alpha

@@ -7,20 +7,19 @@ CVPR 2016), KITTI's semantic benchmark (Alhaija et al., IJCV 2018), Mapillary Vi
 import csv
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
+import numpy as np
+from numpy.dtypes import StringDType
 from pydantic import BaseModel, Field, ValidationError
 
-from semiseg.data.formats import Colour
-from semiseg.data.rows import Rows
+from semiseg.data.formats import IMAGE_SUFFIXES, Colour
+from semiseg.data.rows import Rows, Strings
+from semiseg.data.shards import COMPRESSED, SHARDS, packed_images
 from semiseg.types import IGNORE, InputError, some
-
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".npy"})
-"""Files that are looked at, in lower case; others in a data folder are passed over."""
 
 _SPLITS = {name: name for name in ("train", "val", "test", "unlabelled")} | {"unlabeled": "unlabelled"}
 """Names of splits as users write them, and as we do."""
@@ -143,16 +142,47 @@ def find(layout: Format, root: Path, pool: Pool | None) -> Found:
     return readers[layout](root)
 
 
-def find_images(folder: Path) -> Rows:
-    """All images below a folder, without masks.
+def find_images(place: Path, notes: list[str]) -> Rows:
+    """All images below a folder, or of the tar archives and Parquet files below one, or of one of these; no masks.
 
     Raises:
         InputError: there is none, or two differ in their suffix only.
     """
-    rows = Rows.of(folder, _files(folder).values())
-    if not len(rows):
-        raise InputError(f"data.extra: {folder} is not a folder with images: name another one.")
+    if not place.is_dir():
+        if place.name.lower().endswith(SHARDS):
+            return _packed([str(place)], notes)
+        raise InputError(f"data.extra: {place} is {_no_pool(place.name)}.")
+    _, loose, shards = _look(place)
+    if not len(loose) and not shards:
+        zipped = next((name for name in sorted(os.listdir(place)) if name.lower().endswith(COMPRESSED)), None)
+        raise InputError(f"data.extra: {place / zipped if zipped else place} is {_no_pool(zipped)}.")
+    return Rows.of(place, loose) + _instead(place, loose, shards, notes)
+
+
+def _instead(folder: Path, loose: Strings, shards: list[str], notes: list[str]) -> Rows:
+    """The images of the shards below a folder where there are no `loose` ones, which may well have come from there."""
+    if len(loose) and shards:
+        notes.append(
+            f"{folder} holds image files, so that {some(shards)} is not read: name it in data.extra to add it."
+        )
+    return _packed([str(folder / path) for path in ([] if len(loose) else shards)], notes)
+
+
+def _packed(shards: list[str], notes: list[str]) -> Rows:
+    """The images of shards. Raises InputError where there is none in any."""
+    rows = packed_images(shards, notes)
+    if shards and not len(rows):
+        raise InputError(f"{some(shards)} holds no image: name other files.")
     return rows
+
+
+def _no_pool(name: str | None) -> str:
+    """What a file or folder is that no images can be read from, and what to do."""
+    if name is not None and name.lower().endswith(COMPRESSED):
+        return "compressed, so that no image in it can be read by itself: make it a plain .tar"
+    if name is not None:
+        return "no file with images: name a folder, a .tar or a .parquet"
+    return "not a folder with images: name another one"
 
 
 def default_pool(layout: Format, root: Path) -> Pool | None:
@@ -175,37 +205,65 @@ def bare(path: str) -> str:
 
 def _files(folder: Path) -> dict[str, str]:
     """Relative paths of the image files below a folder by their stems, sorted; hidden ones are left out."""
-    files: list[tuple[str, str]] = []
-    for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        inside = os.path.relpath(place, folder).replace(os.sep, "/")
-        start = "" if inside == "." else inside + "/"
-        for name in names:
-            head, suffix = os.path.splitext(name)
-            if suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
-                files.append((start + head, start + name))
-    files.sort()
-    by_stem = dict(files)
-    if len(by_stem) < len(files):
-        first, second = next((a, b) for (x, a), (y, b) in pairwise(files) if x == y)
+    stems, paths, _ = _look(folder)
+    return dict(zip(stems, paths, strict=True))
+
+
+def _look(folder: Path) -> tuple[Strings, Strings, list[str]]:
+    """Stems and relative paths of the image files below a folder, sorted by stem, and the paths of shards there.
+
+    As columns: of a million files, lists of strings would take 400 MB.
+    """
+    shards: list[str] = []
+    paths = np.fromiter(_walk(str(folder), "", shards), StringDType())
+    stems = np.fromiter((os.path.splitext(path)[0] for path in paths), StringDType())
+    order = np.argsort(stems, kind="stable")
+    stems, paths = stems[order], paths[order]
+    twice = np.flatnonzero(stems[1:] == stems[:-1])
+    if len(twice):
+        first, second = sorted(paths[twice[0] : twice[0] + 2])
         raise InputError(f"{folder} has both {first} and {second}, whose masks would be the same: rename one.")
-    return by_stem
+    return stems, paths, sorted(shards)
+
+
+def _walk(folder: str, inside: str, shards: list[str]) -> Iterator[str]:
+    """Relative paths of the image files below a folder; those of shards go into the list. Hidden ones are left out."""
+    try:
+        entries = os.scandir(os.path.join(folder, inside))
+    except OSError:
+        return
+    with entries:
+        for entry in entries:
+            path = inside + entry.name
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                yield from _walk(folder, path + "/", shards)
+            elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
+                yield path
+            elif entry.name.lower().endswith(SHARDS):
+                shards.append(path)
 
 
 def _pairs(root: Path, places: tuple[str, str], notes: list[str]) -> Rows:
     """The images of the first place, each with the mask of the same stem in the second or none."""
-    images, masks = (_files(root / place) for place in places)
-    alone = [path for key, path in masks.items() if key not in images]
+    return _paired(root, places, _look(root / places[0]), notes)
+
+
+def _paired(root: Path, places: tuple[str, str], seen: tuple[Strings, Strings, list[str]], notes: list[str]) -> Rows:
+    (stems, paths, _), masks = seen, _files(root / places[1])
+    paired = {key: masks[key] for key in stems if key in masks} if masks else {}
+    alone = [path for key, path in masks.items() if key not in paired]
     if masks and len(alone) == len(masks):
-        image = next(iter(images.values()), "none")
+        image = paths[0] if len(paths) else "none"
         raise InputError(f"{root / places[1]} has no mask named like an image ({alone[0]}, but {image}): rename them.")
-    for key, path in masks.items():
-        if key in images and path.lower().endswith((".jpg", ".jpeg")):
+    for path in paired.values():
+        if path.lower().endswith((".jpg", ".jpeg")):
             raise InputError(f"{root / places[1] / path} is a JPEG, which changes class ids: save masks as PNG.")
     if alone:
         notes.append(f"{places[1]} has masks that belong to no image and are left out ({some(alone)}).")
-    column = [f"{places[1]}/{masks[key]}" if key in masks else "" for key in images]
-    return Rows.of(root, [f"{places[0]}/{path}" for path in images.values()], column)
+    column = (f"{places[1]}/{paired[key]}" if key in paired else "" for key in stems)
+    return Rows.of(root, (f"{places[0]}/{path}" for path in paths), column)
 
 
 def _read_folder(root: Path) -> Found:
@@ -215,8 +273,11 @@ def _read_folder(root: Path) -> Found:
     if (root / "images/train").is_dir():
         raise InputError(f"{root / 'images'} is divided into train and other splits: set data.format: splits.")
     notes: list[str] = []
-    train, none = _pairs(root, ("images", "masks"), notes), Rows.of(root, ())
-    return Found(train, none, none, none, (), "images/", notes)
+    seen = _look(root / "images")
+    train, none = _paired(root, ("images", "masks"), seen, notes), Rows.of(root, ())
+    paths, shards = seen[1], [path for path in seen[2] if path.startswith("unlabelled/")]
+    inside = paths[np.strings.startswith(paths, "unlabelled/")]
+    return Found(train, _instead(root / "images", inside, shards, notes), none, none, (), "images/", notes)
 
 
 def _read_splits(root: Path) -> Found:
@@ -235,12 +296,12 @@ def _read_splits(root: Path) -> Found:
     }
     val, test = (_masked(parts[name], f"images/{name}", notes) for name in ("val", "test"))
     alike = [f"images/{name}" for name in folders if name in ("unlabelled", "unlabeled")]
-    extra = _unmasked(root, *alike)
+    extra = none
+    for place in alike:
+        _, loose, shards = _look(root / place)
+        extra += Rows.of(root, (f"{place}/{path}" for path in loose))
+        extra += _instead(root / place, loose, shards, notes)
     return Found(parts["train"], extra, val, test, _own(val, test), "images/train/", notes)
-
-
-def _unmasked(root: Path, *places: str) -> Rows:
-    return Rows.of(root, (f"{place}/{path}" for place in places for path in _files(root / place).values()))
 
 
 def _own(val: Rows, test: Rows) -> tuple[str, ...]:
@@ -452,7 +513,7 @@ def _read_kitti(root: Path) -> Found:
 
 def _tested(root: Path, place: str, notes: list[str]) -> Rows:
     """The images that a benchmark tests with, whose masks it keeps."""
-    rows = _unmasked(root, place)
+    rows = Rows.of(root, (f"{place}/{path}" for path in _look(root / place)[1]))
     if len(rows):
         notes.append(f"The {len(rows)} images of {place} have no masks and are unlabelled ones.")
     return rows

@@ -19,9 +19,8 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 from semiseg.data.families import LISTS, digest
-from semiseg.data.formats import Colour, MaskCode, read_mask
+from semiseg.data.formats import IMAGE_SUFFIXES, Colour, MaskCode, read_mask
 from semiseg.data.layouts import (
-    IMAGE_SUFFIXES,
     POOLS,
     RGB,
     Format,
@@ -70,7 +69,8 @@ class DataConfig(Options):
     """rest: the training images that are not labelled; all: every training image. Masks of these are never opened."""
     extra: tuple[str, ...] = ()
     """Folders of further unlabelled images, of other data too, each found like `root`. Every image file below counts:
-    name mapillary/training/images, not mapillary. One folder may be written without a list."""
+    name mapillary/training/images, not mapillary. Without image files a folder's tar archives (as of webdataset) and
+    Parquet files (as of Hugging Face datasets) count; such a file may be named itself. One place needs no list."""
     split: tuple[float, float, float] | None = None
     """Shares of train, val and test among the images with a mask, where the data has no split of its own."""
     folds: Annotated[int, Field(ge=2)] | None = None
@@ -190,10 +190,10 @@ def load_data(config: DataConfig, base: Path | None = None) -> Data:
     )
 
 
-def _with_extra(found: Found, folder: Path, divided: str) -> tuple[Found, str]:
-    """The same with the images of a folder of other data as unlabelled ones, and how it is divided in words."""
-    rows = find_images(folder)
-    found.notes.append(f"The {len(rows)} images of {folder} are among the unlabelled ones (data.extra).")
+def _with_extra(found: Found, place: Path, divided: str) -> tuple[Found, str]:
+    """The same with the images of a folder or file of other data as unlabelled ones, and how it is divided in words."""
+    rows = find_images(place, found.notes)
+    found.notes.append(f"The {len(rows)} images of {place} are among the unlabelled ones (data.extra).")
     return replace(found, extra=found.extra + rows), f"{divided} with {len(rows)} further images"
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from semiseg import parallel
 from semiseg.data.cache import resize_image, target_size
 from semiseg.data.formats import read_image, write_mask, write_planes
+from semiseg.data.packed import File
 from semiseg.data.splits import IMAGE_SUFFIXES
 from semiseg.engine.evaluate import Network, ahead, probabilities, to_tensor
 from semiseg.files import replacing
@@ -141,7 +142,7 @@ class Job:
     """An image, and the files that its results get: mask, and where wanted confidence (0..255), overlay, and `soft`,
     the planes of Prediction.soft."""
 
-    source: Path
+    source: File
     mask: Path
     confidence: Path | None = None
     overlay: Path | None = None

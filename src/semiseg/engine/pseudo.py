@@ -85,12 +85,14 @@ def pseudo_label(
 def finished(rows: Rows, data: Data, folder: Path) -> tuple[Rows, "Report"]:
     """What `pseudo_label` returned when it had labelled these rows in this folder."""
     told = Report(**json.loads((folder / REPORT).read_text(encoding="utf-8")))
-    good = [i for i, row in enumerate(rows) if str(row.image) not in told.failed]
+    good = np.arange(len(rows))
+    if told.failed:
+        good = good[[str(row.image) not in told.failed for row in rows]]
 
-    def files(kind: str) -> Iterator[Path]:
-        return (_file(folder, kind, i).absolute() for i in good)
+    def files(kind: str) -> Iterator[str]:
+        return (_name(kind, i) for i in good.tolist())
 
-    return rows[good].with_masks(files("labels"), data.code.plain(), files("confidence")), told
+    return rows[good].with_masks(files("labels"), data.code.plain(), files("confidence"), folder.absolute()), told
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,11 @@ class _Jobs(Sequence[Job]):
 
 
 def _file(folder: Path, kind: str, number: int) -> Path:
-    return folder / kind / f"{number // SHARD:04d}" / f"{number:07d}.png"
+    return folder / _name(kind, number)
+
+
+def _name(kind: str, number: int) -> str:
+    return f"{kind}/{number // SHARD:04d}/{number:07d}.png"
 
 
 def weights_hash(net: nn.Module) -> str:
@@ -146,7 +152,10 @@ def weights_hash(net: nn.Module) -> str:
 
 def fingerprint(net: nn.Module, rows: Rows, data: Data, inference: InferenceConfig) -> dict[str, Any]:
     """What a network's predictions of these images depend on."""
-    images = hashlib.sha256("\n".join(rows.names).encode())
+    images = hashlib.sha256()
+    for start in range(0, len(rows), SHARD):  # one text of a million names would take gigabytes
+        names = "\n".join(rows[start : start + SHARD].names)
+        images.update((names if start == 0 else f"\n{names}").encode())
     return {
         "teacher": weights_hash(net),
         "images": f"{len(rows)}, {images.hexdigest()[:16]}",
