@@ -32,7 +32,9 @@ common, passes, step, data, ledger, summary, accuracy = map(
 mechanism, critic, partition, contrast, centroids, processes = map(
     import_module, ("mechanism", "critic", "partition", "contrast", "centroids", "processes")
 )
-labelling, schedule, pseudolabels, results = map(import_module, ("labelling", "schedule", "pseudolabels", "results"))
+labelling, schedule, pseudolabels, pool, results = map(
+    import_module, ("labelling", "schedule", "pseudolabels", "pool", "results")
+)
 
 Write = Callable[..., Path]
 
@@ -699,3 +701,59 @@ def test_curves_and_ranks(tmp_path: Path) -> None:
 
 
 RANKED = {"supervised": 52.0, "fixmatch": 51.0}
+
+
+@pytest.mark.parametrize("kind", ["files", "tar", "parquet"])
+def test_a_pool_of_each_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    """Pools of as many images as asked for, of which each is one that was written, and their lines."""
+    if kind == "parquet":
+        pytest.importorskip("pyarrow")
+    monkeypatch.setattr(pool, "SHARD", 20)
+    seen: list[tuple[int, int, set[bytes]]] = []
+
+    def measured(scenes: Path, folder: Path, cache: Path, count: int) -> dict[str, Any]:
+        data = load_data(pool.recipe_of(scenes, folder).data)
+        extra = data.unlabelled[4:]
+        seen.append((len(extra), count, {row.image.read_bytes() for row in extra}))
+        return {"start": 1.0, "memory": len(extra), "reader": 3.0, "steps": [0.5, 0.6], "read": 0.001}
+
+    monkeypatch.setattr(pool, "measured", measured)
+    monkeypatch.setenv("SEMISEG_CACHE", str(tmp_path))
+    words = ["--images", "10", "70", "--kinds", kind, "--size", "16", "24", "--folder", str(tmp_path)]
+    pool.main([*words, "--json"])
+    result = printed(capsys)
+    assert [(images, count) for images, count, _ in seen] == [(10, 0), (10, 15), (70, 0), (70, 15)]
+    pictures = set(pool.pictures((16, 24)))
+    assert all(found <= pictures and len(found) == min(images, 20 if kind != "files" else 64)
+               for images, _, found in seen)  # fmt: skip
+    assert [(line["pool"], line["more_mb"], line["first_more_mb"]) for line in result["pools"]] == [
+        (10, 0, 0),
+        (70, 60, 60),
+    ]
+    assert not list(tmp_path.glob("tmp*")), "the pools are gone"
+    pool.main(words)
+    assert "| 70" in capsys.readouterr().out
+
+
+def test_what_is_measured_of_a_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "WARM", 1)
+    monkeypatch.setattr(pool, "READ", 3)
+    synthetic.write(tmp_path / "scenes", train=8, labelled=4, val=0, test=0, size=(32, 48))
+    pool.make(tmp_path / "pool", "tar", 5, (32, 48))
+    plain = pool.recipe_of
+
+    def smaller(*folders: Path) -> Recipe:
+        recipe = plain(*folders)
+        return recipe.model_copy(update={"train": recipe.train.model_copy(update={"crop": (32, 32)})})
+
+    monkeypatch.setattr(pool, "recipe_of", smaller)
+    monkeypatch.setenv("SEMISEG_CACHE", str(tmp_path / "cache"))
+    threads = torch.get_num_threads()
+    found = pool.measure(tmp_path / "scenes", tmp_path / "pool", 2)
+    torch.set_num_threads(threads)
+    assert found["images"] == 9
+    assert len(found["steps"]) == 2
+    assert min(found["start"], found["read"], found["memory"], *found["steps"]) > 0
+    assert pool.measure(tmp_path / "scenes", tmp_path / "pool", 0)["steps"] == []
