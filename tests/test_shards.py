@@ -349,8 +349,9 @@ def batches(data: Data, workers: int = 0) -> list[Item]:
 def test_a_run_draws_the_same_batches_from_files_archives_and_tables(kinds: dict[str, Data]) -> None:
     """Also with workers; a damaged image is replaced by the next row and named."""
     own = len(kinds["loose"].unlabelled) - 10
-    found = {kind: batches(data) for kind, data in kinds.items()} | {"workers": batches(kinds["tars"], 2)}
-    for kind, items in found.items():
+    found = {kind: batches(data) for kind, data in kinds.items()}
+    worked = [("tars", batches(kinds["tars"], 2)), ("tables", batches(kinds["tables"], 1))]
+    for kind, items in (*found.items(), *worked):
         for item, other in zip(items, found["loose"], strict=True):
             mine, theirs = (vars(i.batches["unlabelled"]) for i in (item, other))
             assert all(torch.equal(mine[name], theirs[name]) for name in theirs), kind

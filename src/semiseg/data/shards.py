@@ -121,8 +121,7 @@ class _Damaged(Exception):
 def _members(shard: Shard) -> Iterator[tuple[str, int, int]]:
     """Name, offset and size in bytes of each file in a tar archive.
 
-    Written out, as `tarfile` takes 16 µs a header and up to 60 where archives have two headers a file, as those of
-    webdataset do: a minute a million.
+    Written out, as `tarfile` takes 41 µs a file where each has two headers, as those of webdataset have, and this 7.
 
     Raises:
         InputError: it is no tar archive.
