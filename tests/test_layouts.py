@@ -1,4 +1,4 @@
-"""VOC with SBD, Cityscapes, KITTI and Mapillary as they lie on the disk; the lists of labels that papers publish."""
+"""Public data sets as they lie on the disk; the lists of labels that papers publish."""
 
 import json
 import os

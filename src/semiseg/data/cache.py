@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from semiseg.data.formats import MaskCode, read_image, read_mask, read_planes
+from semiseg.data.formats import MaskCode, mask_file, read_image, read_mask, read_planes
 from semiseg.data.packed import File, Packed
 from semiseg.data.rows import Row
 from semiseg.files import replacing
@@ -152,7 +152,7 @@ def _place(path: File, kind: tuple[Any, ...], size: Size) -> Path | None:
         source: tuple[object, ...] = (path,)  # with the shard's size and time of change
     else:
         try:
-            stat = path.stat()
+            stat = mask_file(path).stat()
         except OSError:
             return None  # the reader tells the user
         source = str(path.absolute()), stat.st_mtime_ns, stat.st_size

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from semiseg import parallel
 from semiseg.data.cache import cache_dir, open_confidence, open_mask
+from semiseg.data.formats import mask_file
 from semiseg.data.rows import Rows
 from semiseg.data.splits import Data
 from semiseg.files import replacing
@@ -174,7 +175,7 @@ def _kept(rows: Rows, data: Data, tile: tuple[int, int], least: int) -> Path:
         assert row.mask is not None, f"{row.name} has no mask"
         for path in (row.mask, row.confidence) if row.confidence is not None else (row.mask,):
             try:
-                stat = path.stat()
+                stat = mask_file(path).stat()
             except OSError as error:
                 raise InputError(f"{path} cannot be read ({error.strerror}): restore it.") from error
             key.update(repr((str(path.absolute()), stat.st_mtime_ns, stat.st_size, row.code)).encode())

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from semiseg.data.cache import cache_dir, open_image, open_mask, open_pair
-from semiseg.data.formats import Colour
+from semiseg.data.formats import Colour, mask_file, mask_values
 from semiseg.data.layouts import CITYSCAPES_IDS
 from semiseg.data.rows import Row, Rows
 from semiseg.data.splits import Data, looks_like_sequences, prefixes
@@ -38,6 +38,8 @@ as JPEG of quality 50, halved or 1.3 times as bright are above 0.95, copies shif
 frames a second apart are mostly at 0.6, those of a standing car at 0.9.
 """
 
+_LOOKED_AT = 20
+"""Masks of a pool that are opened once more, for a mistake that is in all or in none."""
 _GRID = 16
 _FLAT = 0.5
 _OPENED_AT_ONCE = min(8, os.cpu_count() or 1)
@@ -110,6 +112,7 @@ def check(data: Data) -> Report:
     good = {name: _Good(pools[name], found, len(data.classes)) for name, found in looks.items()}
     problems += _identical({name: (pool.rows, pool.digests) for name, pool in good.items()})
     problems += _train_ids_for_raw_ones(data, good)
+    problems += _class_ids_for_raw_ones(data, good)
     warnings += _raw_ids_for_train_ids(data)
     warnings += _transductive(_Good(unlabelled, looks_unlabelled, len(data.classes)), good)
     warnings += _alike(good)
@@ -346,6 +349,16 @@ def _train_ids_for_raw_ones(data: Data, pools: Mapping[str, _Good]) -> list[str]
     return [f"No mask has a raw Cityscapes id above 18, so they seem to hold train ids already ({names}): {advice}."]
 
 
+def _class_ids_for_raw_ones(data: Data, pools: Mapping[str, _Good]) -> list[str]:
+    """ADE20K's masks end at 150; those of 0 to 149 and 255, which are published too, would be off by one class."""
+    if data.config.format != "ade20k" or data.config.values is not None:
+        return []
+    paths = [row.mask for pool in pools.values() for row in pool.rows[:_LOOKED_AT] if row.mask]
+    wrong = [path.name for path in paths if IGNORE in mask_values(path)]
+    advice = "so they seem to hold class ids already: set data.values: {0: 0, 1: 1, ..., 149: 149}"
+    return [f"Masks ({some(wrong)}) have the value 255, which ADE20K's own have not, {advice}."] if wrong else []
+
+
 def _raw_ids_for_train_ids(data: Data) -> list[str]:
     """Ignoring what is above 18 silences the reader's error about raw ids, and leaves the mistake."""
     values = dict(data.code.values or ())
@@ -392,7 +405,7 @@ def _key(row: Row, data: Data) -> str:
     parts = [repr(data.code), str(data.config.channels)]
     for path in (row.image, row.mask):
         try:
-            stat = path.stat()
+            stat = mask_file(path).stat()
         except OSError as error:
             raise InputError(f"{path} cannot be read ({error.strerror}): restore it.") from None
         parts += [str(path), str(stat.st_size), str(stat.st_mtime_ns)]

@@ -39,6 +39,8 @@ _TURNED = {
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".npy"})
 """Files that are looked at, in lower case; others in a data folder are passed over."""
+_PART = ".json#"
+"""In the path of a mask: between a file of COCO that says what many images show, and the image's id."""
 
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
@@ -110,7 +112,8 @@ def read_mask(path: Path, code: MaskCode) -> NDArray[np.uint8]:
     """Decodes a mask to class ids, (H, W) uint8 below code.classes (or of code.to), or IGNORE; turned as EXIF says.
 
     Palette files give their indices, whatever the colours; grey ones of 1 to 16 bits their values; alpha is dropped;
-    RGB ones are read by code.colours, or where there are none as grey if all channels agree; .npy (H, W) integers.
+    RGB ones are read by code.colours, or where there are none as grey if all channels agree; .npy (H, W) integers;
+    FILE.json#ID as `coco.draw` says.
     Raises InputError for a damaged file, and for colours or values that `code` does not know.
     """
     label = _ids(path, code)
@@ -121,7 +124,17 @@ def read_mask(path: Path, code: MaskCode) -> NDArray[np.uint8]:
     return elsewhere[label]
 
 
+def mask_file(path: Path) -> Path:
+    """The file on the disk that a mask is read from: the path itself, or what stands before the image's id."""
+    before, part, _ = str(path).rpartition(_PART)
+    return Path(before + part[:-1]) if part else path
+
+
 def _ids(path: Path, code: MaskCode) -> NDArray[np.uint8]:
+    if mask_file(path) != path:
+        from semiseg.data.coco import draw  # it reads PNGs by this file
+
+        return _from_values(path, draw(path), code)
     raw, alpha = _decode(path, raw=True)
     if raw.dtype.kind not in "biu":
         raise InputError(f"{path}: has {raw.dtype} values; save the mask with 8 or 16 bits, one class id a pixel.")

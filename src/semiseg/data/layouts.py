@@ -1,7 +1,8 @@
 """What lies on the disk in each layout that `data.format` names, and what the layouts with a name of their own mean.
 
 Sources: Pascal VOC 2012 (Everingham et al., IJCV 2015), SBD (Hariharan et al., ICCV 2011), Cityscapes (Cordts et al.,
-CVPR 2016), KITTI's semantic benchmark (Alhaija et al., IJCV 2018), Mapillary Vistas (Neuhold et al., ICCV 2017).
+CVPR 2016), KITTI's semantic benchmark (Alhaija et al., IJCV 2018), Mapillary Vistas (Neuhold et al., ICCV 2017),
+ADE20K (Zhou et al., CVPR 2017), COCO (Lin et al., ECCV 2014) and COCO-Stuff (Caesar et al., CVPR 2018).
 """
 
 import csv
@@ -10,21 +11,27 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
 import numpy as np
 from numpy.dtypes import StringDType
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 
+from semiseg.data.coco import annotations, png_folders
 from semiseg.data.formats import IMAGE_SUFFIXES, Colour
 from semiseg.data.rows import Rows, Strings
 from semiseg.data.shards import COMPRESSED, SHARDS, packed_images
+from semiseg.files import read_json, read_text
 from semiseg.types import IGNORE, InputError, some
 
 _SPLITS = {name: name for name in ("train", "val", "test", "unlabelled")} | {"unlabeled": "unlabelled"}
 """Names of splits as users write them, and as we do."""
 
-Format = Literal["folder", "splits", "camvid", "csv", "voc", "cityscapes", "kitti", "mapillary", "mapillary_v2"]
+Coco = Literal["coco", "coco_panoptic", "coco_stuff"]
+Format = (
+    Literal["folder", "splits", "camvid", "csv", "voc", "cityscapes", "kitti", "mapillary", "mapillary_v2", "ade20k"]
+    | Coco
+)
 Pool = Literal["train", "train_aug", "train_extra"]
 POOLS: Mapping[str, tuple[Pool, ...]] = {"voc": ("train", "train_aug"), "cityscapes": ("train", "train_extra")}
 """The formats that have several sets of training images."""
@@ -56,10 +63,54 @@ _CITYSCAPES: tuple[tuple[str, int, Colour], ...] = (
 )
 """Name, id in *_labelIds.png and colour of the 19 classes that are scored; the place in this list is the train id."""
 
+# Each by the first of its names in ADE20K's list of classes.
+_ADE20K = tuple("""
+wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk, person, earth, door, table,
+mountain, plant, curtain, chair, car, water, painting, sofa, shelf, house, sea, mirror, rug, field, armchair, seat,
+fence, desk, rock, wardrobe, lamp, bathtub, railing, cushion, base, box, column, signboard, chest of drawers, counter,
+sand, sink, skyscraper, fireplace, refrigerator, grandstand, path, stairs, runway, case, pool table, pillow,
+screen door, stairway, river, bridge, bookcase, blind, coffee table, toilet, flower, book, hill, bench, countertop,
+stove, palm, kitchen island, computer, swivel chair, boat, bar, arcade machine, hovel, bus, towel, light, truck, tower,
+chandelier, awning, streetlight, booth, television, airplane, dirt track, apparel, pole, land, bannister, escalator,
+ottoman, bottle, buffet, poster, stage, van, ship, fountain, conveyer belt, canopy, washer, plaything, swimming pool,
+stool, barrel, basket, waterfall, tent, bag, minibike, cradle, oven, ball, food, step, tank, trade name, microwave, pot,
+animal, bicycle, lake, dishwasher, screen, blanket, sculpture, hood, sconce, vase, traffic light, tray, ashcan, fan,
+pier, crt screen, plate, monitor, bulletin board, shower, radiator, glass, clock, flag
+""".replace("\n", " ").strip().split(", "))  # fmt: skip
+# COCO's 80 things have categories from 1 to 90, of which ten are not used; COCO-Stuff's 91 are 92 to 182.
+_THINGS = tuple("""
+person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign,
+parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella, handbag,
+tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, surfboard,
+tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot,
+hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop, mouse, remote, keyboard,
+cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear, hair drier,
+toothbrush
+""".replace("\n", " ").strip().split(", "))  # fmt: skip
+_THING_IDS = tuple(sorted({*range(1, 91)} - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}))
+_STUFF = tuple("""
+banner, blanket, branch, bridge, building-other, bush, cabinet, cage, cardboard, carpet, ceiling-other, ceiling-tile,
+cloth, clothes, clouds, counter, cupboard, curtain, desk-stuff, dirt, door-stuff, fence, floor-marble, floor-other,
+floor-stone, floor-tile, floor-wood, flower, fog, food-other, fruit, furniture-other, grass, gravel, ground-other, hill,
+house, leaves, light, mat, metal, mirror-stuff, moss, mountain, mud, napkin, net, paper, pavement, pillow, plant-other,
+plastic, platform, playingfield, railing, railroad, river, road, rock, roof, rug, salad, sand, sea, shelf, sky-other,
+skyscraper, snow, solid-other, stairs, stone, straw, structural-other, table, tent, textile-other, towel, tree,
+vegetable, wall-brick, wall-concrete, wall-other, wall-panel, wall-stone, wall-tile, wall-wood, water-other, waterdrops,
+window-blind, window-other, wood
+""".replace("\n", " ").strip().split(", "))  # fmt: skip
+_STUFF_IDS = tuple(range(92, 183))
+
 Classes = tuple[tuple[str, ...], tuple[Colour, ...]]
 """Names, and colours to draw with (none: the default palette, which is VOC's)."""
 _NINETEEN: Classes = tuple(name for name, _, _ in _CITYSCAPES), tuple(colour for _, _, colour in _CITYSCAPES)
-CLASSES: Mapping[str, Classes] = {"voc": (_VOC, ()), "cityscapes": _NINETEEN, "kitti": _NINETEEN}
+CLASSES: Mapping[str, Classes] = {
+    "voc": (_VOC, ()),
+    "cityscapes": _NINETEEN,
+    "kitti": _NINETEEN,
+    "ade20k": (_ADE20K, ()),
+    "coco": (("background", *_THINGS), ()),
+    "coco_stuff": ((*_THINGS, *_STUFF), ()),
+}
 """Those of the formats whose classes are known without a file."""
 
 CITYSCAPES_IDS = {raw: label for label, (_, raw, _) in enumerate(_CITYSCAPES)}
@@ -68,36 +119,9 @@ _RAW_IDS = dict.fromkeys(range(34), IGNORE) | CITYSCAPES_IDS
 """The same for all ids that such a mask may hold."""
 
 
-def read_text(path: Path) -> str:
-    """The text of a file in UTF-8.
-
-    Raises:
-        InputError: it cannot be read.
-    """
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as UTF-8 text ({error}): name another file or save it anew.") from None
-
-
 _Byte = Annotated[int, Field(ge=0, le=255)]
 RGB = tuple[_Byte, _Byte, _Byte]
 """A colour in a file."""
-_File = TypeVar("_File", bound=BaseModel)
-
-
-def read_json(path: Path, kind: type[_File]) -> _File:
-    """The content of a JSON file, checked.
-
-    Raises:
-        InputError: it cannot be read, or is not what `kind` says.
-    """
-    try:
-        return kind.model_validate_json(read_text(path))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise InputError(f"{path}: {where}{': ' * bool(where)}{first['msg']}; correct it.") from None
 
 
 @dataclass(frozen=True)
@@ -132,12 +156,15 @@ def find(layout: Format, root: Path, pool: Pool | None) -> Found:
         return _read_cityscapes(root, pool == "train_extra")
     if layout in ("mapillary", "mapillary_v2"):
         return _read_mapillary(root, layout)
+    if layout in ("coco", "coco_panoptic", "coco_stuff"):
+        return _read_coco(root, layout)
     readers = {
         "folder": _read_folder,
         "splits": _read_splits,
         "camvid": _read_splits,
         "csv": _read_csv,
         "kitti": _read_kitti,
+        "ade20k": _read_ade20k,
     }
     return readers[layout](root)
 
@@ -366,11 +393,18 @@ _SIGNS = {
     "training/labels": "mapillary",
     "training/v1.2": "mapillary",
     "training/v2.0": "mapillary_v2",
+    "ADEChallengeData2016": "ade20k",
+    "train2017": "coco",
 }
 """Folders by which a layout is known, and the layout."""
+_SIGNS_OF_IMAGES = {"images/training": "ade20k", "images/train2017": "coco"}
+"""The same of layouts that have a folder images themselves, and no masks."""
 
 
 def _need_no_other(root: Path) -> None:
+    for folder, layout in _SIGNS_OF_IMAGES.items():
+        if (root / folder).is_dir() and not (root / "masks").exists():
+            raise InputError(f"{root} has {folder}, but no folder masks: set data.format: {layout}.")
     for folder, layout in _SIGNS.items():
         if (root / folder).is_dir() and not (root / "images").exists():
             raise InputError(f"{root} has {folder}, but no folder images: set data.format: {layout}.")
@@ -563,3 +597,109 @@ def _read_mapillary(root: Path, layout: Literal["mapillary", "mapillary_v2"]) ->
     val = _masked(val, "validation/images", notes)
     extra = _tested(root, "testing/images", notes)
     return Found(train, extra, val, val[:0], _own(val, val[:0]), "training/images/", notes, values, classes)
+
+
+# -------------------------------------------------------------------------------------------------------------- ADE20K
+
+
+def _read_ade20k(root: Path) -> Found:
+    place = "images/training"
+    folder = next((folder for folder in (root, root / "ADEChallengeData2016") if (folder / place).is_dir()), None)
+    if folder is None:
+        raise InputError(f"{root} has no folder {place}: let data.root name ADEChallengeData2016, as it is unpacked.")
+    notes: list[str] = []
+    train, val = (
+        _pairs(folder, (f"images/{split}", f"annotations/{split}"), notes) for split in ("training", "validation")
+    )
+    _need_masks(train, f"{folder / 'annotations/training'}", "NAME.png", notes)
+    val = _masked(val, "images/validation", notes)
+    values = {0: IGNORE} | {label + 1: label for label in range(len(_ADE20K))}
+    return Found(train, val[:0], val, val[:0], _own(val, val[:0]), f"{place}/", notes, values, CLASSES["ade20k"])
+
+
+# ---------------------------------------------------------------------------------------------------------------- COCO
+
+_COCO_NEEDS: Mapping[Coco, str] = {
+    "coco": "annotations/instances_train2017.json, or a folder masks",
+    "coco_panoptic": "annotations/panoptic_train2017.json",
+    "coco_stuff": "stuffthingmaps/train2017 or annotations/stuff_train2017_pixelmaps",
+}
+_Masks = tuple[dict[str, str], tuple[str, ...], Mapping[int, int] | None]
+"""Masks by the stems of their images, the names of the classes, and raw value -> class id where these are others."""
+
+
+def _read_coco(root: Path, layout: Coco) -> Found:
+    notes: list[str] = []
+    parts: list[Rows] = []
+    meanings: list[tuple[tuple[str, ...], Mapping[int, int] | None]] = []
+    places = [next((p for p in (s, f"images/{s}") if (root / p).is_dir()), "") for s in ("train2017", "val2017")]
+    if not places[0]:
+        raise InputError(f"{root} has no folder train2017: let data.root name COCO's folder with it and annotations.")
+    for place in filter(None, places):
+        split, images = place.removeprefix("images/"), _files(root / place)
+        found = _coco_masks(root, layout, split, images)
+        if found is None and place == places[0]:
+            others = ", ".join(name for name in _COCO_NEEDS if name != layout)
+            raise InputError(
+                f"{root} has no {_COCO_NEEDS[layout]}: put the masks there, or set data.format to one of {others}."
+            )
+        masks = found[0] if found else {}
+        alone = [name for name in masks if name not in images]
+        if alone:
+            notes.append(f"There are masks of {len(alone)} images that are not in {place} ({some(alone)}).")
+        column = (masks[name] if name in masks else "" for name in images)
+        parts.append(Rows.of(root, (f"{place}/{path}" for path in images.values()), column))
+        meanings += [found[1:]] if found else []
+    train, val = (*parts, parts[0][:0])[:2]
+    if not train.masked.any():
+        raise InputError(f"{root}: {_COCO_NEEDS[layout]} has no mask of an image in {places[0]}: take both of one set.")
+    _need_masks(train, str(root), "", notes)
+    if meanings[0] != meanings[-1]:
+        raise InputError(f"{root}: the masks of train2017 and val2017 have other categories: take both of one set.")
+    val = _masked(val, places[1], notes)
+    names, values = meanings[0]
+    return Found(train, val[:0], val, val[:0], _own(val, val[:0]), f"{places[0]}/", notes, values, (names, ()))
+
+
+def _coco_masks(root: Path, layout: Coco, split: str, images: Mapping[str, str]) -> _Masks | None:
+    """The masks of a split; none: there is nothing of the kind."""
+
+    def first(*folders: str) -> str | None:
+        return next((folder for folder in folders if (root / folder).is_dir()), None)
+
+    if layout == "coco_panoptic":
+        return _coco_annotated(root, f"panoptic_{split}")
+    if layout == "coco":
+        # Papers of this field publish such a folder, in which train and val lie together.
+        if not (folder := first(f"masks/{split}", "masks")):
+            return _coco_annotated(root, f"instances_{split}")
+        files = {key: f"{folder}/{path}" for key, path in _files(root / folder).items() if key in images}
+        return files, CLASSES["coco"][0], None
+    if folder := first(f"stuffthingmaps/{split}", f"annotations/{split}"):
+        names = CLASSES["coco_stuff"][0]
+        values = {category - 1: label for label, category in enumerate((*_THING_IDS, *_STUFF_IDS))}
+    elif folder := first(f"annotations/stuff_{split}_pixelmaps", f"stuff_{split}_pixelmaps"):
+        names = (*_STUFF, "other")
+        values = {0: IGNORE} | {category: label for label, category in enumerate((*_STUFF_IDS, _STUFF_IDS[-1] + 1))}
+    else:
+        return None
+    return {key: f"{folder}/{path}" for key, path in _files(root / folder).items()}, names, values
+
+
+def _coco_annotated(root: Path, name: str) -> _Masks | None:
+    """Masks that are drawn from annotations/NAME.json: segments are all there is, instances are on background."""
+    place = f"annotations/{name}.json"
+    if not (root / place).is_file():
+        return None
+    found = annotations(root / place)
+    stems = [stem(file.decode()) for file in found.name]
+    masks = {key: f"{place}#{image}" for key, image in zip(stems, found.image.tolist(), strict=True)}
+    if found.panoptic:
+        folders = png_folders(root / place)
+        there = {path for folder in folders for path in _files(folder).values()}
+        if not there:
+            raise InputError(f"{folders[0]} has no PNG of segments: unpack {name}.zip, which lies beside it, there.")
+        masks = {key: masks[key] for key, png in zip(stems, found.pngs(), strict=True) if png in there}
+    background = {} if found.panoptic else {0: "background"}
+    names = background | found.categories
+    return masks, tuple(names.values()), {0: IGNORE} | {category: label for label, category in enumerate(names)}

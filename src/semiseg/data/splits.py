@@ -30,11 +30,10 @@ from semiseg.data.layouts import (
     default_pool,
     find,
     find_images,
-    read_json,
-    read_text,
     stem,
 )
 from semiseg.data.rows import Rows
+from semiseg.files import read_json, read_text
 from semiseg.types import IGNORE, InputError, Options, Side, some
 
 Indices = NDArray[np.intp]
@@ -50,7 +49,9 @@ class DataConfig(Options):
     val, test, unlabelled alike. csv: `root` is a file with the columns image, mask, split, and paths relative to it.
     voc: Pascal VOC 2012 as it is unpacked, SBD's masks in SegmentationClassAug. cityscapes: leftImg8bit and gtFine.
     kitti: data_semantics, its test images unlabelled. mapillary, mapillary_v2: Mapillary Vistas with the labels 1.2 or
-    2.0, its test images unlabelled."""
+    2.0, its test images unlabelled. ade20k: ADEChallengeData2016, 150 classes. coco: train2017, val2017, and masks of
+    80 things and background, drawn from annotations/instances_*.json or in a folder masks; coco_panoptic: the 133
+    classes of annotations/panoptic_*; coco_stuff: 171 of stuffthingmaps, or 92 of annotations/stuff_*_pixelmaps."""
     pool: Pool | None = None
     """The training images. voc: train (1,464) or train_aug (10,582 with SBD; the default where SBD's masks are there).
     cityscapes: train (2,975), or train_extra, which adds the 20,000 of that folder to the unlabelled ones."""
@@ -58,7 +59,8 @@ class DataConfig(Options):
     """Names in the order of the ids; none: classes.json in the data folder, else the layout's own where it has some."""
     values: dict[int, int] | None = None
     """Raw mask value -> class id, or 255 to ignore; none: the values are the ids, or where those of the layout are
-    others (cityscapes, kitti, mapillary) become those of the classes that are scored."""
+    others (cityscapes, kitti, mapillary, ade20k, coco) become those of the classes that are scored. Where COCO's masks
+    are drawn from a JSON file, they hold its category ids."""
     ignore: tuple[int, ...] = ()
     """Raw mask values of pixels that have no label, besides 255."""
     channels: Side = 3
