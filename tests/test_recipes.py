@@ -75,6 +75,14 @@ NAMES = {
         "val": ["-1Zz9-0aEJhfG2OCbm2uVQ", "02G5fLNWFtMmiFNEsyFnzg"],
         "unlabeled": ["--a1LiJdXJdbu8lHhQ0n1A", "0GhR2xUYl5tmaOw5yT8oyA", "zQ51aJdbu8lHhQ0n1AxLiA"],
     },
+    "coco": {
+        "train": ["000000000009", "000000000025", "000000000030", "000000581929"],
+        "val": ["000000000139", "000000000285"],
+    },
+    "ADEChallengeData2016": {
+        "train": ["ADE_train_00000001", "ADE_train_00000002", "ADE_train_00000003", "ADE_train_00020210"],
+        "val": ["ADE_val_00000001", "ADE_val_00002000"],
+    },
 }
 CLASSES_OF = {
     "camvid": CAMVID,
@@ -84,9 +92,17 @@ CLASSES_OF = {
     "cityscapes": CLASSES["cityscapes"][0],
     "kitti": CLASSES["cityscapes"][0],
     "mapillary": tuple(f"Label {number}" for number in range(65)),
+    "coco": CLASSES["coco"][0],
+    "ADEChallengeData2016": CLASSES["ade20k"][0],
 }
 SPLIT = {"camvid": "test", "dsb2018": "test", "kitti": "test"}
 """What is reported where it is not val."""
+
+
+TINY_DPT = [
+    "network.encoder=vit_small_patch14_dinov2", "network.options={width: 16, channels: [8, 8, 16, 16]}",
+    "network.encoder_options={embed_dim: 32, depth: 4, num_heads: 2, img_size: 56}",
+]  # fmt: skip
 
 
 def draw(rng: np.random.Generator, classes: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
@@ -175,6 +191,26 @@ def write_mapillary(folder: Path, rng: np.random.Generator) -> None:
     (folder / "config.json").write_text(json.dumps(content), encoding="utf-8")
 
 
+def write_coco(folder: Path, rng: np.random.Generator) -> None:
+    """Masks of 81 ids, train and val in one folder: as UniMatch publishes them."""
+    for split, names in NAMES["coco"].items():
+        for name in names:
+            image, mask = draw(rng, 81)
+            save(folder / f"{split}2017/{name}.jpg", image)
+            save(folder / f"masks/{name}.png", mask)
+
+
+def write_ade20k(folder: Path, rng: np.random.Generator) -> None:
+    """Masks of 1 to 150, and 0 for what has no class."""
+    for split, names in NAMES["ADEChallengeData2016"].items():
+        place = {"train": "training", "val": "validation"}[split]
+        for name in names:
+            image, mask = draw(rng, 151)
+            mask[:2] = 0
+            save(folder / f"images/{place}/{name}.jpg", image)
+            save(folder / f"annotations/{place}/{name}.png", mask)
+
+
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that $SEMISEG_DATA names, with all data sets."""
@@ -184,6 +220,8 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_cityscapes(folder / "cityscapes", rng)
     write_kitti(folder / "kitti", rng)
     write_mapillary(folder / "mapillary", rng)
+    write_coco(folder / "coco", rng)
+    write_ade20k(folder / "ADEChallengeData2016", rng)
     for name, classes in (("camvid", CAMVID), ("idd_lite", IDD_LITE), ("dsb2018", CLASSES_OF["dsb2018"])):
         palette = default_palette(len(classes))
         for split, stems in NAMES[name].items():
@@ -222,7 +260,8 @@ def test_two_steps_an_evaluation_and_a_prediction(
     small += ["method.source.size=[40,56]"] if recipe.method.name == "transfer" else []
     # Queues in the checkpoint of two steps would be hundreds of MB.
     small += ["method.queue=64", "method.queue_first=64", "method.push=64"] if recipe.method.name == "u2pl" else []
-    small += ["network.encoder=test_resnet"] if recipe.network.encoder.startswith("resne") else []
+    small += ["network.encoder=test_resnet"] if recipe.network.encoder.startswith(("resne", "xception")) else []
+    small += TINY_DPT if recipe.network.name == "dpt" else []
 
     threads = torch.get_num_threads()
     try:
