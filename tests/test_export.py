@@ -20,14 +20,23 @@ def images(*shape: int) -> Tensor:
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
+VIT = {"embed_dim": 32, "depth": 4, "num_heads": 2, "img_size": 112}
+"""Positions of 8 x 8 tokens, which the sizes below both shrink and enlarge."""
+
+
 @pytest.mark.parametrize(
     ("name", "encoder", "options", "channels"),
-    [("deeplabv3plus", "test_efficientnet", {"pad_type": "same"}, 4), ("unet", "test_resnet", {}, 3)],
+    [
+        ("deeplabv3plus", "test_efficientnet", {"pad_type": "same"}, 4),
+        ("unet", "test_resnet", {}, 3),
+        ("dpt", "vit_small_patch14_dinov2", VIT, 3),
+    ],
 )
 def test_an_exported_network_is_the_original(
     name: str, encoder: str, options: dict[str, Any], channels: int, tmp_path: Path
 ) -> None:
-    config = NetworkConfig(name=name, encoder=encoder, weights="random", encoder_options=options)
+    head = {"width": 16, "channels": [8, 8, 16, 16]} if name == "dpt" else {}
+    config = NetworkConfig(name=name, encoder=encoder, weights="random", encoder_options=options, options=head)
     net = Build(5, channels, config, OptimConfig(), precision=torch.bfloat16, channels_last=True).network()
     net(images(2, channels, 64, 64))  # running statistics of its own
     before, state = {k: v.clone() for k, v in net.state_dict().items()}, torch.get_rng_state()
