@@ -50,8 +50,8 @@ class DataConfig(Options):
     voc: Pascal VOC 2012 as it is unpacked, SBD's masks in SegmentationClassAug. cityscapes: leftImg8bit and gtFine.
     kitti: data_semantics, its test images unlabelled. mapillary, mapillary_v2: Mapillary Vistas with the labels 1.2 or
     2.0, its test images unlabelled. ade20k: ADEChallengeData2016, 150 classes. coco: train2017, val2017, and masks of
-    80 things and background, drawn from annotations/instances_*.json or in a folder masks; coco_panoptic: the 133
-    classes of annotations/panoptic_*; coco_stuff: 171 of stuffthingmaps, or 92 of annotations/stuff_*_pixelmaps."""
+    80 things and background, in a folder masks or drawn from the instances in annotations; coco_panoptic: the 133
+    classes of its panoptic segments; coco_stuff: 171 of stuffthingmaps, or 92 of the pixelmaps of stuff."""
     pool: Pool | None = None
     """The training images. voc: train (1,464) or train_aug (10,582 with SBD; the default where SBD's masks are there).
     cityscapes: train (2,975), or train_extra, which adds the 20,000 of that folder to the unlabelled ones."""
