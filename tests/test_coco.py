@@ -356,7 +356,7 @@ def test_no_mask_of_an_unlabelled_image_is_drawn(instances: Maker, tmp_path: Pat
     root = instances()
     save(tmp_path / "coco/unlabeled2017/000000000008.jpg", np.zeros((H, W, 3), np.uint8))
     data = load(root, format="coco", labelled=1, extra=str(tmp_path / "coco/unlabeled2017"))
-    assert [Path(name).parent.name for name in data.unlabelled.image.tolist()] == ["train2017"] * 2 + ["unlabeled2017"]
+    assert [Path(str(row.image)).parent.name for row in data.unlabelled] == ["train2017"] * 2 + ["unlabeled2017"]
     assert not data.unlabelled.masked.any()
 
 
