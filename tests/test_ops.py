@@ -783,6 +783,24 @@ def test_ignored_reference_gives_an_empty_matrix() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_weights_of_images() -> None:
+    """An image that counts twice is as if it were there twice; one that counts nothing as if it were not."""
+    logits, mask = batch(90)
+    double = losses.cross_entropy(torch.cat([logits, logits[:1]]), torch.cat([mask, mask[:1]]))
+    found = losses.cross_entropy(logits, mask, of_image=torch.tensor([2.0, 1.0]))
+    torch.testing.assert_close((found.total, found.count), (double.total, double.count))
+    weight = torch.tensor([0.5, 2.0, 1.0, 0.1])
+    soft = torch.cat(
+        [torch.full_like(mask, 200)[:, None], torch.full_like(mask, 55)[:, None], (mask[:, None] + 1) % C], 1
+    )
+    for loss in (
+        losses.cross_entropy,
+        lambda z, y, w, i: losses.soft_cross_entropy(z, y, soft[: len(z)], w, i),
+    ):
+        one, alone = loss(logits, mask, weight, torch.tensor([1.0, 0.0])), loss(logits[:1], mask[:1], weight, None)
+        torch.testing.assert_close((one.total, one.count), (alone.total, alone.count))
+
+
 # ---- thresholds ------------------------------------------------------------------------------------------------------
 
 

@@ -144,6 +144,14 @@ def test_soft_labels(case: testing.Case) -> None:
         case.with_options({"top": 2, "loss": {"kind": "ohem"}}).recipe()
 
 
+def test_what_a_pseudo_label_counts(case: testing.Case) -> None:
+    """Only in the students, and from the first row that has one."""
+    fitted(case, pseudo_weight=0.25)
+    assert [method.pseudo for _, method, _ in notes] == [None, (4, 0.25)]
+    with pytest.raises(InputError, match=r"pseudo_weight needs loss\.kind: ce or ce\+dice"):
+        case.with_options({"pseudo_weight": 0.5, "loss": {"kind": "ohem"}}).recipe()
+
+
 def test_a_ratio_a_batch(case: testing.Case) -> None:
     fitted(case, ratio=3.0, per_batch=True)
     student = notes[1][2]

@@ -43,16 +43,25 @@ class LabelledLoss(nn.Module):
         self.register_buffer("weight", weight)
 
     def forward(
-        self, logits: Tensor, mask: Tensor, weight: float = 1.0, soft: Tensor | None = None
+        self,
+        logits: Tensor,
+        mask: Tensor,
+        weight: float = 1.0,
+        soft: Tensor | None = None,
+        of_image: Tensor | None = None,
     ) -> list[tuple[float, Share]]:
-        """Terms for logits (B, C, H, W) and mask (B, H, W), each times `weight`; `soft` as in types.Labelled."""
+        """Terms for logits (B, C, H, W) and mask (B, H, W), each times `weight`.
+
+        soft: as in types.Labelled; of_image (B,): what each image's pixels count in the cross-entropy (ce and ce+dice).
+        """
         c = self.config
         if c.kind == "ohem":
+            assert of_image is None, "ohem has no weights of images"
             return [(weight, ohem(logits, mask, c.ohem_threshold, c.ohem_kept))]
         if soft is None:
-            terms = [(weight, cross_entropy(logits, mask, self.weight))]
+            terms = [(weight, cross_entropy(logits, mask, self.weight, of_image))]
         else:
-            terms = [(weight, soft_cross_entropy(logits, mask, soft, self.weight))]
+            terms = [(weight, soft_cross_entropy(logits, mask, soft, self.weight, of_image))]
         if c.kind == "ce+dice":
             terms.append((weight * c.dice_weight, dice(logits, mask)))
         return terms

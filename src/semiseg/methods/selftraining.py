@@ -5,7 +5,7 @@ Zhu, Zhang, Wu, Zhang, He, Zhang, Manmatha, Li and Smola, "Improving Semantic Se
 pseudo images in an epoch, and that half of the crops are drawn around places of each class alike (its authors' earlier
 code has the algorithm; data/centroids.py mends it). The rest is ours:
 - the student starts from the encoder's weights like the teacher, with other random numbers;
-- a pixel counts the same whether its label is real or not;
+- a pixel counts the same whether its label is real or not, unless `pseudo_weight` says otherwise;
 - class weights and the delivered checkpoint are those of the masks and of val, never of pseudo-labels.
 
 What stays per process where there are several: batch norm's statistics on CPUs; and dice, of which the mean is taken.
@@ -50,6 +50,8 @@ class SelfTraining(Method):
         """Pseudo-labelled samples for each real one in a student's epochs; none: as many as there are images."""
         per_batch: bool = False
         """Every batch has this ratio, as near as whole images come, instead of an epoch."""
+        pseudo_weight: Annotated[float, Field(ge=0)] = 1.0
+        """What a pixel with a pseudo-label counts in the cross-entropy beside a real one's 1."""
         centred: Portion = 0.5
         """Share of the crops that are drawn around a place of a class, every class alike."""
         tile: tuple[Side, Side] | None = None
@@ -67,6 +69,8 @@ class SelfTraining(Method):
                 raise ValueError("teacher and teacher_network exclude each other: remove one")
             if self.top > 1 and self.loss.kind == "ohem":
                 raise ValueError("top needs loss.kind: ce or ce+dice, for ohem has no form for soft labels")
+            if self.pseudo_weight != 1 and self.loss.kind == "ohem":
+                raise ValueError("pseudo_weight needs loss.kind: ce or ce+dice, for ohem counts every pixel alike")
             return self
 
     paper = "Zhu et al., 2020"
@@ -115,7 +119,9 @@ class SelfTraining(Method):
     def _train(self, session: Session, build: Build, data: Data, rows: Rows, pseudo: int) -> nn.Module:
         """A network from rows of which the last `pseudo` have pseudo-labels."""
         stream = stream_of(self.config, session.config, data, rows, pseudo)
-        method = Supervised.of(self.config.loss, build)
+        weight = self.config.pseudo_weight
+        weighed = (len(rows) - pseudo, weight) if pseudo and weight != 1 else None
+        method = Supervised.of(self.config.loss, build, weighed)
         session.starts_from(build.report)
         return session.train(method, data, {"labelled": stream})
 

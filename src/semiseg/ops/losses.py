@@ -11,25 +11,34 @@ from torch import Tensor
 from semiseg.types import IGNORE, Share
 
 
-def cross_entropy(logits: Tensor, mask: Tensor, weight: Tensor | None = None) -> Share:
+def cross_entropy(logits: Tensor, mask: Tensor, weight: Tensor | None = None, of_image: Tensor | None = None) -> Share:
     """Cross-entropy over the pixels that are not IGNORE, in nats.
 
-    logits (B, C, H, W); mask (B, H, W) uint8 or int64, class ids or IGNORE; weight (C,) of the classes.
-    With weights, total = sum w_y ce and count = sum w_y.
+    logits (B, C, H, W); mask (B, H, W) uint8 or int64, class ids or IGNORE; weight (C,) of the classes; of_image (B,)
+    of the images. With weights w, of a pixel the product of both, total = sum w ce and count = sum w.
     """
     target = mask.long()
     valid = target != IGNORE
-    if weight is None:
+    if weight is None and of_image is None:
         return Share(_nats(logits, target).sum(), valid.sum().to(_wide(logits).dtype))
-    shares = weight.to(_wide(logits).dtype)[target.masked_fill(~valid, 0)] * valid
+    shares = _shares(target.masked_fill(~valid, 0), valid, weight, of_image, _wide(logits).dtype)
     return Share((_nats(logits, target) * shares).sum(), shares.sum())
 
 
-def soft_cross_entropy(logits: Tensor, mask: Tensor, soft: Tensor, weight: Tensor | None = None) -> Share:
+def _shares(first: Tensor, valid: Tensor, weight: Tensor | None, of_image: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What each pixel counts, (B, H, W); 0 where it is not valid."""
+    shares = valid.to(dtype) if weight is None else weight.to(dtype)[first] * valid
+    return shares if of_image is None else shares * of_image.to(dtype).view(-1, 1, 1)
+
+
+def soft_cross_entropy(
+    logits: Tensor, mask: Tensor, soft: Tensor, weight: Tensor | None = None, of_image: Tensor | None = None
+) -> Share:
     """Cross-entropy -sum_c q_c ln p_c with k classes a pixel, over the pixels that are not IGNORE, in nats.
 
     logits (B, C, H, W); mask (B, H, W) uint8, the first of the classes; soft (B, 2k - 1, H, W) uint8: k probabilities,
-    255 for 1, then the ids of the others. q is divided by the sum of the k. weight (C,): of the first class, as above.
+    255 for 1, then the ids of the others. q is divided by the sum of the k. weight (C,): of the first class; of_image
+    (B,): as above.
     """
     k = (soft.shape[1] + 1) // 2
     valid = mask != IGNORE
@@ -38,7 +47,7 @@ def soft_cross_entropy(logits: Tensor, mask: Tensor, soft: Tensor, weight: Tenso
     ids = torch.cat([first[:, None], soft[:, k:].long().clamp(max=logits.shape[1] - 1)], 1)
     q = soft[:, :k].to(probs.dtype)
     nats = -(q * probs.gather(1, ids)).sum(1) / q.sum(1).clamp(min=1)
-    shares = valid.to(probs.dtype) if weight is None else weight.to(probs.dtype)[first] * valid
+    shares = _shares(first, valid, weight, of_image, probs.dtype)
     return Share((nats * shares).sum(), shares.sum())
 
 
