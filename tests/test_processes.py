@@ -1,21 +1,30 @@
 """Several processes: what they say to one another, and runs by torchrun. `testing.check_processes` has the methods."""
 
+import contextlib
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from together import Together
 
-from semiseg import api, testing
+from semiseg import api, cli, parallel, testing
+from semiseg.config import build_of
+from semiseg.engine.evaluate import evaluate
+from semiseg.engine.pseudo import pseudo_label
+from semiseg.types import InferenceConfig
 
 PROCESSES = textwrap.dedent("""
     import atexit
@@ -36,7 +45,7 @@ PROCESSES = textwrap.dedent("""
     assert [c.item() for c in counts] == [3, 1.0] and [c.dtype for c in counts] == [torch.int64, torch.float64]
 
     # Gradients: small buckets, an earlier backward, a weight that one process reaches, and one that none does.
-    parallel.BUCKET = 64
+    parallel.BUCKET["cpu"] = 64
     torch.manual_seed(0)
     layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(5)).to(memory_format=torch.channels_last)
     x = torch.randn(2, 4)
@@ -64,7 +73,7 @@ PROCESSES = textwrap.dedent("""
 
     norm = nn.BatchNorm2d(3)
     norm.running_mean.fill_(rank)
-    parallel.average_statistics(nn.Sequential(norm).modules())
+    parallel.average(parallel.running_statistics(nn.Sequential(norm).modules()))
     assert norm.running_mean.tolist() == [0.5] * 3 and norm.running_var.tolist() == [1.0] * 3
 
     # Optimisers load this after the meeting. What keeps the group keeps its threads, which now and then abort the exit.
@@ -123,20 +132,18 @@ SPY = textwrap.dedent("""
 ROOM = 4096
 
 
-def test_two_processes_have_the_prototypes_and_queues_of_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("world", [2, 4])
+def test_prototypes_and_queues_are_those_of_one_process(tmp_path: Path, world: int) -> None:
     """In one step that takes every negative; at so high a temperature an anchor's loss is ln(1 + keys)."""
     (tmp_path / "own.py").write_text(SPY, encoding="utf-8")
     options = {"warm_up": 0.5, "alpha": 60.0, "quantile": "exact", "least": 0.0, "temperature": 1e9, "width": 8}
     options |= {"push": ROOM, "queue": ROOM, "queue_first": ROOM}
     case = testing.Case("own.py:Spy", tmp_path, options, base=tmp_path)
-    one = testing._three_steps(case, "one process").checkpoints()
-    port = testing._free_port()
-    for process in [testing._launch(case, rank, port) for rank in (0, 1)]:
-        said, _ = process.communicate(timeout=120)
-        assert process.returncode == 0, said.decode()
-    two = testing.Result({}, tmp_path / "two processes").checkpoints()
+    one = testing._three_steps(case, "one", batch=4 * world).checkpoints()
+    Together(tmp_path, world, three_steps, case, "several", {"batch": 4 * world}).good()
+    several = testing.Result({}, tmp_path / "several").checkpoints()
 
-    before, after = ({name.partition(":method.")[2]: tensor for name, tensor in run.items()} for run in (one, two))
+    before, after = ({name.partition(":method.")[2]: tensor for name, tensor in run.items()} for run in (one, several))
     fill = before["bank.fill"]
     assert all(0 < count < ROOM for count in fill.tolist())
     assert torch.equal(after["bank.fill"], fill)
@@ -146,6 +153,73 @@ def test_two_processes_have_the_prototypes_and_queues_of_one(tmp_path: Path) -> 
     torch.testing.assert_close(after["positive"], before["positive"], rtol=0, atol=1e-9)
     assert after["told"].tolist() == pytest.approx(before["told"].tolist(), rel=1e-6)
     assert before["told"].tolist() == pytest.approx([math.log(51), 3], rel=1e-6)
+
+
+def three_steps(case: testing.Case, name: str, train: Mapping[str, Any], until: int | None = None) -> None:
+    """The steps of `testing.check_processes`, or those before step `until`."""
+
+    def around(moment: testing.Moment) -> testing.Scalars:
+        if moment.clock.step == until:
+            raise testing._Killed
+        return testing._uneven(moment)
+
+    with contextlib.suppress(testing._Killed):
+        testing._three_steps(case, name, around, **train)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("advsemiseg", {"threshold": 0.499318, "semi_start": 0.0}),
+        ("fixmatch", {"threshold": 0.4147}),
+        ("u2pl", {"warm_up": 0.2, "weight": 0.0}),
+    ],
+)
+def test_a_run_goes_on_in_other_numbers_of_processes(tmp_path: Path, method: str, options: dict[str, Any]) -> None:
+    """Its steps are those of one process all the way: 1, 2, 4, 2 and 1 processes take one each."""
+    case = testing.Case(method, tmp_path, options)
+    train = {"steps": 5, "save_every": 1, "batch": 16}
+    one = testing._three_steps(case, "one", **train).checkpoints()
+    case.data()
+    for step, world in enumerate((1, 2, 4, 2, 1)):
+        if world == 1:
+            three_steps(case, "several", train, step + 1)
+        else:
+            Together(tmp_path, world, three_steps, case, "several", train, step + 1).good()
+    several = testing.Result({}, tmp_path / "several").checkpoints()
+    assert one.keys() == several.keys()
+    off = {name: float((one[name].double() - several[name].double()).abs().max()) for name in one if one[name].numel()}
+    assert max(off.values()) < 1e-9, max(off, key=off.__getitem__)
+    rows = testing.Result({}, tmp_path / "several").metrics()["metrics.csv"]
+    assert [row["step"] for row in rows] == [str(step) for step in range(5)]
+
+
+def score_and_label(case: testing.Case, name: str) -> None:
+    """Scores val, and labels the unlabelled images, in as many processes as there are."""
+    parallel.start(torch.device("cpu"))
+    folder, data = case.folder / name, case.data()
+    net = build_of(case.recipe(), data, torch.device("cpu"), None).network()
+    scores = evaluate(net, data.val, data, InferenceConfig(), torch.device("cpu"))
+    rows, report = pseudo_label(net, data.unlabelled, data, folder, InferenceConfig(), torch.device("cpu"), least=0.4)
+    told = {"confusions": scores.confusions, "confidences": np.array(report.confidences), "rows": np.array(len(rows))}
+    np.savez(folder / f"told-{parallel.rank()}.npz", **told)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_scores_and_labels_are_those_of_one_process(tmp_path: Path, world: int) -> None:
+    """Also where there are fewer images than processes."""
+    testing.write_data(tmp_path / "data", train=11, val=3)
+    case = testing.Case("supervised", tmp_path)
+    score_and_label(case, "one")
+    Together(tmp_path, world, score_and_label, case, "several").good()
+    with np.load(tmp_path / "one" / "told-0.npz") as one:
+        assert one["confusions"].shape[0] == 3
+        for rank in range(world):
+            with np.load(tmp_path / "several" / f"told-{rank}.npz") as told:
+                assert all(np.array_equal(one[name], told[name]) for name in one.files)
+    names = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.png"))
+    assert len(names) == 2 * 7
+    assert all((tmp_path / "one" / n).read_bytes() == (tmp_path / "several" / n).read_bytes() for n in names)
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +243,11 @@ def finish(command: Sequence[str], code: int = 0) -> str:
     return done.stdout + done.stderr
 
 
+def verb(*arguments: object) -> None:
+    sys.argv = ["semiseg", *map(str, arguments)]
+    cli.main()
+
+
 def test_a_run_of_two_processes(recipe: Path) -> None:
     """It prints once, scores and predicts like one process, and killed and started again it ends the same."""
     folder = recipe.parent
@@ -185,15 +264,20 @@ def test_a_run_of_two_processes(recipe: Path) -> None:
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
         process.wait(60)
+    shutil.copytree(folder / "stopped", folder / "alone")
     finish(launch("train", recipe, "--out", folder / "stopped"))
+    api.train(recipe, folder / "alone")  # one process goes on with what two began
     whole, stopped = (load_file(folder / name / "model" / "model.safetensors") for name in ("whole", "stopped"))
     assert all(torch.equal(whole[name], stopped[name]) for name in whole)
 
-    scores = api.evaluate(folder / "whole", split="val")
-    assert f"mIoU {100 * scores.miou:.2f} on 3 images" in finish(launch("evaluate", folder / "whole", "--split", "val"))
-    said = finish(launch("predict", folder / "whole", folder / "data/images/val", "--out", folder / "two"))
-    assert said.count("3 masks written") == 1
-    api.predict(folder / "whole", [folder / "data/images/val"], folder / "one")
+    scores, images = api.evaluate(folder / "whole", split="val"), folder / "data/images/val"
+    said = Together(folder / "a", 2, verb, "evaluate", folder / "whole", "--split", "val").good()
+    assert f"mIoU {100 * scores.miou:.2f} on 3 images" in said[0]
+    assert not said[1]
+    said = Together(folder / "b", 2, verb, "predict", folder / "whole", images, "--out", folder / "two").good()
+    assert "3 masks written" in said[0]
+    assert not said[1]
+    api.predict(folder / "whole", [images], folder / "one")
     names = sorted(path.name for path in (folder / "one").iterdir())
     assert names == sorted(path.name for path in (folder / "two").iterdir())
     assert len(names) == 3

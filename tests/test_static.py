@@ -29,7 +29,8 @@ ARROWS = {
     "data": {"files", "parallel"},
     "networks": {"files", "parallel"},
     "files": {"types"},
-    "parallel": {"types"},
+    "parallel": {"watch"},
+    "watch": {"types"},
     "types": set(),
 }
 """Each layer and those right below it; whatever can be reached along the arrows may be imported."""

@@ -269,8 +269,9 @@ def evaluate(model: Model | str | Path, data: str | Path | Data | None = None, s
     data = replace(data, config=config)
     net = model.predictor.net
     module = net if isinstance(net, nn.Module) else _AsModule(net)
-    parallel.start(model.predictor.device)
-    scores = evaluating.evaluate(module, splits[split], data, model.predictor.inference, model.predictor.device)
+    with parallel.peers():
+        parallel.start(model.predictor.device)
+        scores = evaluating.evaluate(module, splits[split], data, model.predictor.inference, model.predictor.device)
     return replace(scores, split=split)
 
 
@@ -359,8 +360,9 @@ def predict(
     """Writes masks for files and folders; see `engine.predict.predict_files`."""
     if not isinstance(model, Model):
         model = load(model)
-    parallel.start(model.predictor.device)
-    return predict_files(model.predictor, [Path(image) for image in images], Path(out), confidence, overlay)
+    with parallel.peers():
+        parallel.start(model.predictor.device)
+        return predict_files(model.predictor, [Path(image) for image in images], Path(out), confidence, overlay)
 
 
 def export(model: Model | str | Path, path: str | Path | None = None) -> tuple[Path, "Agreement"]:

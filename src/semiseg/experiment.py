@@ -68,8 +68,9 @@ def run(recipe: Recipe, out: Path, base: Path | None = None) -> None:
         print(f"{out} holds this run, finished.")
         return
     with _writing(out), parallel.peers(), memory_errors(smaller(recipe.train)):
-        parts = {name: (part, _load(part)) for name, part in (members(recipe) or {"": recipe}).items()}
+        # Met first: from here on a process may take its time with the data, and one that is lost is missed.
         parallel.start(parallel.device(recipe.train.device))
+        parts = {name: (part, _load(part)) for name, part in (members(recipe) or {"": recipe}).items()}
         parallel.wait()  # all have looked at the folder by now: from here on process 0 may write
         torch.set_num_threads(recipe.train.threads)
         _write_recipe(recipe, out, code)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,11 +20,21 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 
 from semiseg.types import InputError
+from semiseg.watch import GRACE, Watch, patience
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
 
 T = TypeVar("T")
 
-BUCKET = 25_000_000
+BUCKET = {"cpu": 1_500_000, "cuda": 25_000_000}
 """Bytes of gradients that travel together: large enough to be quick, small enough to leave while backward runs."""
+
+LONGEST = timedelta(days=2)
+"""Of one process' wait for another that works. One that is gone is the watch's business."""
+
+_watches: list[Watch] = []
+"""The one of this process, once it has met the others."""
 
 
 def rank() -> int:
@@ -73,7 +83,13 @@ def _local_world() -> int:
 
 
 def start(place: torch.device) -> None:
-    """Meets the other processes, once; each waits here for all, and takes its share of the cores."""
+    """Meets the other processes, once; each waits here for all, and takes its share of the cores.
+
+    From here on the loss of one ends all; see `semiseg.watch`.
+
+    Raises:
+        InputError: one did not come.
+    """
     if world() == 1 or dist.is_initialized():
         return
     torch.set_num_threads(threads())
@@ -85,8 +101,48 @@ def start(place: torch.device) -> None:
     # Its functions have the group as a default: imported later, as the optimisers do, they would keep it alive, and
     # gloo's threads that outlive Python abort the process.
     importlib.import_module("torch.distributed.nn.functional")
-    dist.init_process_group(backend, timeout=timedelta(days=2))
-    atexit.register(dist.destroy_process_group)
+    store = _store()
+    _watches.append(Watch.meet(store, os.environ["MASTER_ADDR"], rank(), world()))
+    store.set_timeout(LONGEST)  # NCCL asks it at its first collective
+    dist.init_process_group(backend, store=store, rank=rank(), world_size=world(), timeout=LONGEST)
+    atexit.register(_leave, place.type)
+
+
+def _store() -> "Store":
+    """Where the processes find each other: torchrun's, or process 0's at MASTER_ADDR and MASTER_PORT.
+
+    Raises:
+        InputError: the environment does not name it, or it cannot be reached.
+    """
+    try:
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        own = int(os.environ["RANK"]) == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    except (KeyError, ValueError) as error:
+        raise InputError(
+            "WORLD_SIZE says that there are several processes, and RANK, MASTER_ADDR or MASTER_PORT is not set or no "
+            "number: launch them by torchrun, or set all four."
+        ) from error
+    try:
+        limit = timedelta(seconds=patience())
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            host, port, is_master=own, timeout=limit, wait_for_workers=False
+        )
+    except RuntimeError as error:
+        what = "cannot listen" if own else "cannot reach process 0"
+        raise InputError(
+            f"process {rank()} of {world()} {what} at {host}, port {port}, within {patience():g} s: see what process 0 "
+            "said, and that MASTER_ADDR is its machine and MASTER_PORT free there."
+        ) from error
+    return dist.PrefixStore(  # type: ignore[attr-defined]
+        f"semiseg {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store
+    )
+
+
+def _leave(kind: str) -> None:
+    failed = _watches[0].leaving.is_set()
+    _watches[0].leave()
+    if not (failed and kind == "cuda"):  # NCCL would wait for what the lost process owes
+        dist.destroy_process_group()
 
 
 def wait() -> None:
@@ -97,17 +153,22 @@ def wait() -> None:
 
 @contextmanager
 def peers() -> Iterator[None]:
-    """A block in which the end of another process is told in a sentence: what was wrong, that process has said.
+    """A block whose end by an exception ends the other processes too: without this one they would wait for ever.
 
     Raises:
-        InputError: another process ended.
+        InputError: another process ended: what was wrong, that one has said.
     """
     try:
         yield
-    except RuntimeError as error:
-        if world() == 1 or not any(word in str(error) for word in ("by peer", "gloo", "NCCL", "onnection")):
+    except BaseException as error:
+        if not _watches:
             raise
-        raise InputError("another process of this run ended: see what it said.") from error
+        text = str(error)
+        broken = isinstance(error, RuntimeError) and any(w in text for w in ("by peer", "gloo", "NCCL", "onnection"))
+        sentence = _watches[0].fail(wait=GRACE if broken else 0.0)
+        if not broken:
+            raise
+        raise InputError(sentence or "another process of this run ended: see what it said.") from error
 
 
 @torch.no_grad()
@@ -205,11 +266,11 @@ def summed_gradients(weights: Sequence[Tensor]) -> Iterator[None]:
 
 
 def _buckets(weights: Sequence[Tensor]) -> list[list[Tensor]]:
-    """The weights in the order in which backward reaches them, last layers first, in parts of BUCKET bytes."""
+    """The weights in the order in which backward reaches them, last layers first, in parts of BUCKET bytes or more."""
     buckets: list[list[Tensor]] = [[]]
     size = 0
     for weight in reversed(weights):
-        if size > BUCKET:
+        if size > BUCKET[weight.device.type]:
             buckets.append([])
             size = 0
         buckets[-1].append(weight)
@@ -224,7 +285,7 @@ def _flat(bucket: list[Tensor]) -> Tensor:
         if weight.grad is None:
             there[place].zero_()
     grads = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in bucket]
-    return torch.cat([*(grad.flatten() for grad in grads), there])
+    return torch.cat([*(_line(grad, weight) for grad, weight in zip(grads, bucket, strict=True)), there])
 
 
 def _unflat(flat: Tensor, bucket: list[Tensor]) -> None:
@@ -232,27 +293,44 @@ def _unflat(flat: Tensor, bucket: list[Tensor]) -> None:
     reached = [True] * len(bucket)
     if any(weight.grad is None for weight in bucket):
         reached = (there > 0).tolist()  # waits for the device, in a case that methods avoid
-    for weight, known in zip(bucket, reached, strict=True):
-        if weight.grad is None and known:
-            weight.grad = torch.zeros_like(weight)
-    pairs = [(weight.grad, part.view_as(weight)) for weight, part in zip(bucket, parts, strict=True)]
-    there_pairs = [(grad, part) for grad, part in pairs if grad is not None]
-    if there_pairs:
-        torch._foreach_copy_([grad for grad, _ in there_pairs], [part for _, part in there_pairs])
+    for weight, part, known in zip(bucket, parts, reached, strict=True):
+        if known:
+            weight.grad = _shaped(part, weight)
+
+
+def _line(grad: Tensor, weight: Tensor) -> Tensor:
+    """A gradient (n,) in the order in which the weight lies in memory: a view, as it lies there likewise."""
+    return (grad.permute(0, 2, 3, 1) if _channels_last(weight) else grad).flatten()
+
+
+def _shaped(line: Tensor, weight: Tensor) -> Tensor:
+    """The inverse of `_line`, a view."""
+    if not _channels_last(weight):
+        return line.view_as(weight)
+    return line.view(weight.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
+
+
+def _channels_last(weight: Tensor) -> bool:
+    return weight.dim() == 4 and not weight.is_contiguous()
+
+
+def running_statistics(modules: Iterable[nn.Module]) -> list[Tensor]:
+    """Batch norm's running statistics where the layers do not share them themselves; nothing in one process."""
+    if world() == 1:
+        return []
+    norms = [m for m in modules if isinstance(m, _BatchNorm) and not isinstance(m, SyncBatchNorm)]
+    return [b for m in norms for b in (m.running_mean, m.running_var) if b is not None]
 
 
 @torch.no_grad()
-def average_statistics(modules: Iterable[nn.Module]) -> None:
-    """Gives all processes the mean of batch norm's running statistics, where the layers themselves do not share them.
+def average(tensors: list[Tensor]) -> None:
+    """Gives all processes the mean over them of each tensor.
 
     Averages of averages are averages: a teacher that follows its student by EMA follows the mean.
     """
-    if world() == 1:
+    if world() == 1 or not tensors:
         return
-    norms = [m for m in modules if isinstance(m, _BatchNorm) and not isinstance(m, SyncBatchNorm)]
-    kept = [b for m in norms for b in (m.running_mean, m.running_var) if b is not None]
-    if not kept:
-        return
-    flat = torch.cat(kept) / world()
+    flat = torch.cat([tensor.flatten() for tensor in tensors]) / world()
     dist.all_reduce(flat)
-    torch._foreach_copy_(kept, list(flat.split([len(b) for b in kept])))
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])

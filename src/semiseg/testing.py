@@ -601,38 +601,40 @@ def check_processes(case: Case, shares: Sequence[str] = (), close: float = 1e-9)
         )
 
 
-def _three_steps(case: Case, name: str) -> Result:
-    """A run in float64 in which the first image of a batch counts less than the others."""
+def _uneven(moment: Moment) -> Scalars:
+    """A step in float64 in which the first image of a batch counts less than the others."""
+    batches = {}
+    for stream, batch in moment.batches.items():
+        batch = replace(batch, image=batch.image.double() / 255)
+        if parallel.rank() == 0 and isinstance(batch, Labelled):
+            mask = batch.mask.clone()
+            mask[0, :24] = IGNORE
+            batch = replace(batch, mask=mask)
+        elif parallel.rank() == 0:
+            valid = batch.valid.clone()
+            valid[0, :, 20:] = False
+            batch = replace(batch, valid=valid)
+        batches[stream] = batch
+    for optimizer in moment.method.optimizers.values():
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-4  # a random network without normalisation: large steps would blow up the last bits
+    for part in moment.method.modules():
+        if isinstance(part, _DropoutNd):
+            part.p = 0.0
+        elif isinstance(part, _BatchNorm):
+            part.eval()
+    return replace(moment, batches=batches).go()
 
-    def uneven(moment: Moment) -> Scalars:
-        batches = {}
-        for stream, batch in moment.batches.items():
-            batch = replace(batch, image=batch.image.double() / 255)
-            if parallel.rank() == 0 and isinstance(batch, Labelled):
-                mask = batch.mask.clone()
-                mask[0, :24] = IGNORE
-                batch = replace(batch, mask=mask)
-            elif parallel.rank() == 0:
-                valid = batch.valid.clone()
-                valid[0, :, 20:] = False
-                batch = replace(batch, valid=valid)
-            batches[stream] = batch
-        for optimizer in moment.method.optimizers.values():
-            for group in optimizer.param_groups:
-                group["lr"] = 1e-4  # a random network without normalisation: large steps would blow up the last bits
-        for part in moment.method.modules():
-            if isinstance(part, _DropoutNd):
-                part.p = 0.0
-            elif isinstance(part, _BatchNorm):
-                part.eval()
-        return replace(moment, batches=batches).go()
 
+def _three_steps(case: Case, name: str, around: Around = _uneven, **train: Any) -> Result:
+    """A run of three steps, or of others, in as many processes as there are."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
         parallel.start(torch.device("cpu"))
         data = case.data(scale=(1.0, 1.0))
-        return run(case, name, uneven, replace(data, val=data.val[:0]), steps=3, save_every=3, batch=8)
+        train = {"steps": 3, "save_every": 3, "batch": 8, **train}
+        return run(case, name, around, replace(data, val=data.val[:0]), **train)
     finally:
         torch.set_default_dtype(before)
 

@@ -268,6 +268,7 @@ class Session:
             if progress.lacks(start, evaluations):
                 self._evaluate(method, data, start, progress, log, signals)
                 save(start, next((s for s in parallel.gather(signals.received) if s is not None), None))
+            statistics = parallel.running_statistics(method.modules())
             scalars = _Scalars()
             skipped: dict[str, str] = {}
             images, since = 0, time.perf_counter()
@@ -282,7 +283,7 @@ class Session:
                 torch.manual_seed(_seed(c.seed, step, rank))
                 batches = {name: batch.to(self.device) for name, batch in item.batches.items()}
                 scalars.add(step, method.step(clock, **batches))
-                parallel.average_statistics(method.modules())
+                parallel.average(statistics)
                 skipped |= item.skipped
                 images += sum(len(b.row) for b in batches.values() if b.image.shape[1])
 
@@ -423,7 +424,7 @@ class Session:
             norm.momentum = momentum
         for module, training in modes:
             module.training = training
-        parallel.average_statistics(norms)
+        parallel.average(parallel.running_statistics(norms))
         if norms:
             log.line(f"batch norm's statistics are now those of {REFRESH} batches of {c.crop[0]}x{c.crop[1]} px")
 
