@@ -1,14 +1,21 @@
 """The code on the docs pages runs as it stands there."""
 
+import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
+from together import Together
 
 from semiseg import testing
 
-PAGE = (Path(__file__).parents[1] / "docs" / "own.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE = (DOCS / "own.md").read_text(encoding="utf-8")
 METHOD, CHECK, LOOP = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+DISTRIBUTION = (DOCS / "distribution.md").read_text(encoding="utf-8")
+PROGRAMS = re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", DISTRIBUTION, re.DOTALL)
+_, SLURM = re.findall(r"```bash\n(.*?)```", DISTRIBUTION, re.DOTALL)
 
 
 @pytest.fixture(autouse=True)
@@ -37,3 +44,42 @@ def test_the_loop(capsys: pytest.CaptureFixture[str]) -> None:
     exec(compile(LOOP, "own.md", "exec"), place)
     assert capsys.readouterr().out.count("loss_contrastive") == 3
     assert "teacher" in place
+
+
+def execute(program: str) -> None:
+    exec(compile(program, "distribution.md", "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize(("program", "printed"), PROGRAMS)
+def test_where_wrappers_fail(program: str, printed: str, tmp_path: Path) -> None:
+    said, nothing = Together(tmp_path, 2, execute, program).good()
+    assert printed
+    assert [line for line in said.splitlines() if "reducer.cpp" not in line] == printed.splitlines()
+    assert not [line for line in nothing.splitlines() if "reducer.cpp" not in line]
+
+
+def test_every_program_is_run() -> None:
+    assert len(PROGRAMS) == DISTRIBUTION.count("```python") == 5
+
+
+SRUN = """#!/bin/bash
+shift  # --kill-on-bad-exit=1
+for task in 0 1 2 3; do SLURM_PROCID=$task SLURM_LOCALID=$((task % 2)) "$@"; done
+"""
+
+
+def test_slurm_script(tmp_path: Path) -> None:
+    """Two machines of two tasks each: stand-ins of its commands, and of semiseg, which tells what it is given."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    commands = {
+        "srun": SRUN,
+        "scontrol": "#!/bin/bash\necho node7\necho node8\n",
+        "semiseg": f"#!/bin/bash\necho {' '.join('$' + name for name in names)} $1\n",
+    }
+    for name, text in commands.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    given = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "2"}
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-c", SLURM], env=given | path, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [f"{task} 4 {task % 2} 2 node7 29500 train" for task in range(4)]

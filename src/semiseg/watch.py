@@ -6,6 +6,7 @@ they are alive, whatever their main threads are at. The system closes the connec
 one to a machine that is down, or to a process that was stopped, falls silent. Process 0 tells the others.
 """
 
+import multiprocessing
 import os
 import secrets
 import selectors
@@ -215,6 +216,8 @@ class Watch:
         # Past Python, whose main thread may wait in a collective for ever: like a kill, which a run is made for.
         with suppress(OSError):
             os.write(2, f"error: {f'in process {self.rank}: ' * (self.rank > 0)}{sentence}\n".encode())
+        for child in multiprocessing.active_children():
+            child.kill()  # what reads images would be left behind
         time.sleep(READ if self.rank == 0 else 0)
         os._exit(1)
 
