@@ -227,7 +227,6 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
     testing.write_data(folder / "data", val=3)
     plain = testing.Case("fixmatch", folder).recipe(batch=8, threads=1, workers=1).dump()
-    plain["baseline"] = False
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(plain), encoding="utf-8")
     return path

@@ -102,6 +102,7 @@ class Case:
             "method": {"name": self.method},
             "optim": {"lr": 0.03},
             "train": {**TRAIN, **train},
+            "baseline": False,
         }
         texts = [f"method.{name}={json.dumps(value)}" for name, value in self.options.items()]
         return parse(override(plain, texts), "semiseg.testing", self.base)
