@@ -363,6 +363,9 @@ def test_compare(semiseg: Command, home: Path) -> None:
     plain = json.loads(semiseg("compare", home / "run", "base-0", "base-1", "--json").out)
     assert [line["runs"] for line in plain] == [1, 2]
     assert plain[0]["miou"] == pytest.approx(100 * json.loads((home / "run/results.json").read_text())["miou"])
+    assert semiseg("compare", home / "run", home / "run").out == semiseg("compare", home / "run").out, "counted once"
+    assert "| IoU " not in done.out
+    assert "| IoU " in semiseg("compare", home / "run", "base-0", "--per-class").out
 
 
 def test_a_method_in_a_file_elsewhere(semiseg: Command, recipe: Path, tmp_path: Path) -> None:

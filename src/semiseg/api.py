@@ -391,7 +391,8 @@ def compare(runs: Sequence[str | Path]) -> list[comparing.Line]:
         InputError: a run is not finished.
     """
     found = []
-    for folder in (part for run in runs for part in _trainings(Path(run))):
+    parts = [part for run in runs for part in _trainings(Path(run))]
+    for folder in {part.resolve(): part for part in parts}.values():  # a training counts once
         if not (folder / "results.npz").is_file():
             raise InputError(f"{folder} has no score to compare, as its data has neither val nor test: leave it out.")
         scores = evaluating.load_scores(folder / "results.npz")

@@ -223,14 +223,18 @@ def predict(
 @app.command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Run folders; what differs in seeds and folds only is averaged.")],
+    per_class: Annotated[bool, typer.Option("--per-class", help="Print a table of the classes too.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Print one table of runs: mean, spread, paired differences to the first with intervals, minutes, memory."""
+    """Print one table of runs: mean, spread, paired differences to the first with intervals, minutes, memory.
+
+    With --json the classes are always there, each with its difference and interval.
+    """
     from semiseg import api
     from semiseg.engine.compare import as_markdown, as_plain
 
     lines = api.compare(runs)
-    print(json.dumps(as_plain(lines)) if as_json else as_markdown(lines))
+    print(json.dumps(as_plain(lines)) if as_json else as_markdown(lines, per_class))
 
 
 @app.command()

@@ -1,13 +1,16 @@
 """Runs side by side: mean and spread over seeds and folds, paired differences with intervals."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from semiseg.engine.evaluate import Scores
-from semiseg.engine.intervals import over_images, over_training
+from semiseg.engine.intervals import Interval, classes_over_images, over_images, over_training
+from semiseg.files import finite
 from semiseg.types import flat
 
 
@@ -23,6 +26,16 @@ class Run:
 
 
 @dataclass(frozen=True)
+class ClassLine:
+    """A class in one line of the table: IoU in per cent, the mean over the runs whose masks show it."""
+
+    iou: float
+    """NaN: no mask shows it."""
+    difference: float | None
+    interval: Interval | None
+
+
+@dataclass(frozen=True)
 class Line:
     """One line of the table: the runs of one recipe. mIoU in per cent; differences are to the first line."""
 
@@ -34,13 +47,14 @@ class Line:
     spread: float | None
     """Standard deviation over the runs; none for one run."""
     difference: float | None
-    interval: tuple[float, float] | None
+    interval: Interval | None
     """95 % interval of the difference."""
     covers: str | None
     """What the interval covers: `training` (paired over seeds), `folds` (paired over them), or `images` (one pair of
     runs, the split resampled)."""
     minutes: float
     peak_gb: float
+    per_class: Mapping[str, ClassLine]
 
 
 def compare(runs: Sequence[Run]) -> list[Line]:
@@ -60,6 +74,7 @@ def _line(label: str, group: list[Run], first: list[Run]) -> Line:
     values = np.array([100 * run.scores.miou for run in group])
     families = list(dict.fromkeys(run.results["family"] for run in group))
     difference = interval = covers = None
+    pairs: list[tuple[Run, Run]] = []
     if group is not first:
         by_seed = {run.seeds: run for run in first}
         pairs = [(run, by_seed[run.seeds]) for run in group if run.seeds in by_seed]
@@ -84,7 +99,34 @@ def _line(label: str, group: list[Run], first: list[Run]) -> Line:
         covers=covers,
         minutes=float(np.mean([run.results["seconds"] / 60 for run in group])),
         peak_gb=max(run.results["peak_gb"] for run in group),
+        per_class=_classes(group, pairs),
     )
+
+
+def _classes(group: list[Run], pairs: list[tuple[Run, Run]]) -> dict[str, ClassLine]:
+    """Of pairs that scored the same images."""
+    names = group[0].scores.classes
+    ious = [100 * np.array([run.scores.per_class[name] for run in group]) for name in names]
+    changes = [
+        100 * np.array([a.scores.per_class[name] - b.scores.per_class[name] for a, b in pairs])
+        if pairs
+        else np.empty(0)
+        for name in names
+    ]
+    if len(pairs) == 1:
+        intervals = classes_over_images(pairs[0][0].scores, pairs[0][1].scores)
+    else:
+        intervals = [over_training(change[~np.isnan(change)]) for change in changes]
+    found = {}
+    for name, iou, change, interval in zip(names, ious, changes, intervals, strict=True):
+        found[name] = ClassLine(_mean(iou), _mean(change) if np.isfinite(change).any() else None, interval)
+    return found
+
+
+def _mean(values: NDArray[np.float64]) -> float:
+    """Without NaN; NaN where there is nothing else."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else math.nan
 
 
 def _same_images(a: Run, b: Run) -> bool:
@@ -108,8 +150,8 @@ def _labels(runs: list[Run]) -> list[str]:
     return labels
 
 
-def as_markdown(lines: Sequence[Line]) -> str:
-    """The table for a README or a terminal."""
+def as_markdown(lines: Sequence[Line], per_class: bool = False) -> str:
+    """The table for a README or a terminal; per_class: and a second one, with a row a class and a column a line."""
     rows = [["runs of", "n", "split", "mIoU", "spread", "difference", "95 % interval", "minutes", "GB"]]
     for line in lines:
         interval = f"{line.interval[0]:+.2f} .. {line.interval[1]:+.2f} ({line.covers})" if line.interval else ""
@@ -126,11 +168,9 @@ def as_markdown(lines: Sequence[Line]) -> str:
                 f"{line.peak_gb:.2f}",
             ]
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    text = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    ]
-    text.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    text = _table(rows)
+    if per_class:
+        text += ["", *_table(_class_rows(lines))]
     families = sorted({line.family for line in lines})
     text += [
         "",
@@ -149,6 +189,29 @@ def as_markdown(lines: Sequence[Line]) -> str:
     return "\n".join(text)
 
 
+def _class_rows(lines: Sequence[Line]) -> list[list[str]]:
+    """IoU of each class, and in brackets its difference; lines are numbered, as their labels may be long."""
+    labels = [line.label for line in lines]
+    if max(map(len, labels)) > 20:
+        labels = [f"{number}. {label.split()[0]}" for number, label in enumerate(labels, 1)]
+    rows = [["IoU", *labels]]
+    for name in dict.fromkeys(name for line in lines for name in line.per_class):
+        found = [line.per_class[name] if name in line.per_class else None for line in lines]
+        cells = ["" if one is None or math.isnan(one.iou) else f"{one.iou:.2f}" for one in found]
+        changes = ["" if one is None or one.difference is None else f" ({one.difference:+.2f})" for one in found]
+        rows.append([name, *(cell + change for cell, change in zip(cells, changes, strict=True))])
+    return rows
+
+
+def _table(rows: list[list[str]]) -> list[str]:
+    """Lines of Markdown; the first row is the head."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    text = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
+    return [text[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *text[1:]]
+
+
 def as_plain(lines: Sequence[Line]) -> list[dict[str, Any]]:
-    """The table as JSON."""
-    return [asdict(line) for line in lines]
+    """The table as JSON, with null for NaN."""
+    return [{key: finite(value) for key, value in asdict(line).items()} for line in lines]

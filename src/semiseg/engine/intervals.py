@@ -7,13 +7,11 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy import stats
 
 from semiseg.data.splits import looks_like_sequences, prefixes
 from semiseg.engine.evaluate import Scores
-from semiseg.ops.metrics import miou
 
 RESAMPLES = 2000
 
@@ -34,15 +32,55 @@ def over_images(a: Scores, b: Scores) -> Interval | None:
 
     Neighbours in a sequence are alike, so that blocks of them are drawn. None where there are fewer than five blocks.
     """
+    changes, shown = _drawn_again(a, b)
+    known = ~np.isnan(changes)  # the references are the same, and so is which classes a draw has
+    counts = known.sum(1)
+    means = np.where(known, changes, 0).sum(1)[counts > 0] / counts[counts > 0]
+    return _limits(means, len(shown))
+
+
+def classes_over_images(a: Scores, b: Scores) -> list[Interval | None]:
+    """Likewise of each class's IoU; none where fewer than five blocks show it."""
+    changes, shown = _drawn_again(a, b)
+    of_classes = zip(changes.T, shown.sum(0).tolist(), strict=True)
+    return [_limits(values[~np.isnan(values)], count) for values, count in of_classes]
+
+
+def _drawn_again(a: Scores, b: Scores) -> tuple[Floats, NDArray[np.bool_]]:
+    """Differences (RESAMPLES, C) of the classes' IoU, NaN where no image drawn has the class; whether a block has it,
+    (blocks, C)."""
     block = blocks(a.names)
-    count = int(block.max()) + 1 if len(block) else 0
-    if count < 5:
-        return None
+    count = int(block.max()) + 1
     weights = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=RESAMPLES).astype(float)
-    changes = 100 * (_mious(_by_block(a, block), weights) - _mious(_by_block(b, block), weights))
+    ours, theirs = (_areas(scores, block, count) for scores in (a, b))
+    changes = _ious(*(weights @ area for area in ours)) - _ious(*(weights @ area for area in theirs))
+    return 100 * changes, ours[1] > 0
+
+
+def _areas(scores: Scores, block: NDArray[np.intp], count: int) -> tuple[Floats, Floats, Floats]:
+    """Of each block and class (count, C) the pixels that are right, the reference's, and the prediction's."""
+    pixels = scores.confusions
+    found = []
+    for area in (pixels.diagonal(axis1=1, axis2=2), pixels.sum(2), pixels.sum(1)):
+        sums = np.zeros((count, area.shape[1]))
+        np.add.at(sums, block, area)
+        found.append(sums)
+    return found[0], found[1], found[2]
+
+
+def _ious(both: Floats, reference: Floats, predicted: Floats) -> Floats:
+    # As in ops.metrics.iou, from three numbers a class: confusion matrices would take gigabytes.
+    absent = np.full_like(both, np.nan)
+    return np.divide(both, reference + predicted - both, out=absent, where=reference > 0)
+
+
+def _limits(changes: Floats, count: int) -> Interval | None:
+    """95 % interval of a difference from what it is when `count` blocks are drawn again."""
+    if count < 5 or not len(changes):
+        return None
     # Percentiles of resampled means are too narrow where there are few: as far out as a t-interval would go.
     outside = 100 * stats.norm.cdf(stats.t.ppf(0.025, count - 1) * math.sqrt(count / (count - 1)))
-    low, high = np.nanpercentile(changes, [outside, 100 - outside])
+    low, high = np.percentile(changes, [outside, 100 - outside])
     return float(low), float(high)
 
 
@@ -73,17 +111,3 @@ def _last_number(name: str) -> int:
     bare = name.rpartition(".")[0] or name
     digits = bare[len(bare.rstrip("0123456789")) :]
     return int(digits or 0)
-
-
-def _by_block(scores: Scores, block: NDArray[np.intp]) -> Floats:
-    sums = np.zeros((block.max() + 1, *scores.confusions.shape[1:]))
-    np.add.at(sums, block, scores.confusions)
-    return sums
-
-
-def _mious(confusions: Floats, weights: Floats) -> Floats:
-    # Pixels below 2^53 are exact as floats, whose products are many times as fast as those of whole numbers.
-    classes = confusions.shape[1]
-    totals = (weights @ confusions.reshape(len(confusions), -1)).reshape(len(weights), classes, classes)
-    values: Floats = miou(torch.from_numpy(totals)).numpy()
-    return values
