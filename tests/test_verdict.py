@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,15 @@ import pytest
 import torch
 from conftest import Command
 from numpy.typing import NDArray
+from PIL import Image
 from scipy import stats
 
 from semiseg import api, experiment
 from semiseg.config import load_recipe
 from semiseg.engine.evaluate import Scores, joined, load_scores
-from semiseg.engine.intervals import block_length, blocks, over_images, over_training
+from semiseg.engine.intervals import RESAMPLES, block_length, blocks, classes_over_images, over_images, over_training
 from semiseg.engine.verdict import Trained, Verdict, judge
+from semiseg.ops.metrics import iou, miou
 from semiseg.types import InputError
 
 PHOTOS = tuple(f"{word}.png" for word in ("oak", "elm", "ash", "fir", "yew", "bay", "box", "gum", "nut", "fig"))
@@ -89,6 +92,24 @@ def test_frames_that_are_alike_widen_the_interval() -> None:
     assert (wide[1] - wide[0]) / (narrow[1] - narrow[0]) == pytest.approx(3**0.5, rel=0.25)
 
 
+def test_the_interval_is_that_of_whole_confusion_matrices() -> None:
+    """As slowly as it can be said; one class is in few images, one in none."""
+    rng = np.random.default_rng(2)
+    shown = np.array([1, 1, 1, 0])[:, None] * np.ones(4, int)
+    a, b = (Scores(rng.integers(0, 50, (8, 4, 4)) * shown, PHOTOS[:8], ("a", "b", "c", "d")) for _ in range(2))
+    a.confusions[3:, 2] = b.confusions[3:, 2] = 0
+    drawn = np.random.default_rng(0).multinomial(8, np.full(8, 1 / 8), size=RESAMPLES)
+    both = [np.stack([(times[:, None, None] * s.confusions).sum(0) for times in drawn]) for s in (a, b)]
+    changes, classes = (
+        100 * (f(torch.from_numpy(both[0])) - f(torch.from_numpy(both[1]))).numpy() for f in (miou, iou)
+    )
+    outside = 100 * stats.norm.cdf(stats.t.ppf(0.025, 7) * (8 / 7) ** 0.5)
+    assert over_images(a, b) == pytest.approx(tuple(np.percentile(changes, [outside, 100 - outside])))
+    found = classes_over_images(a, b)
+    assert found[0] == pytest.approx(tuple(np.percentile(classes[:, 0], [outside, 100 - outside])))
+    assert found[2:] == [None, None], "in three images, and in none"
+
+
 def test_too_few_images_give_no_interval() -> None:
     assert over_images(scores([60] * 4, PHOTOS[:4]), scores([50] * 4, PHOTOS[:4])) is None
 
@@ -105,7 +126,7 @@ def verdict_of(*pairs: tuple[Trained, Trained], how: Any = "one") -> Verdict:
 def test_a_gain() -> None:
     right = np.linspace(50, 70, 10)
     verdict = verdict_of((trained(right + 9, 0.6), trained(right, 0.5)))
-    assert verdict.gain
+    assert verdict.wins
     assert verdict.difference == pytest.approx(100 * (69 / 131 - 60 / 140), abs=0.5)
     assert verdict.interval is not None
     assert 0 < verdict.interval[0] < verdict.difference < verdict.interval[1]
@@ -123,7 +144,7 @@ def test_no_difference_and_a_loss() -> None:
     )
     worse = verdict_of((trained(right - 9), trained(right)))
     assert worse.words.startswith("No gain over labelled-only: -")
-    assert not worse.gain
+    assert not worse.wins
     assert worse.why.startswith("Delivered: the labelled-only model; chosen on the same images")
 
 
@@ -132,7 +153,7 @@ def test_val_chooses_where_test_is_reported() -> None:
     right = np.linspace(50, 70, 10)
     verdict = verdict_of((trained(right + 9, 0.5), trained(right, 0.6)))
     assert verdict.difference > 0
-    assert not verdict.gain
+    assert not verdict.wins
     assert verdict.why == "Delivered: the labelled-only model; val has 60.00 -> 50.00."
 
 
@@ -184,8 +205,8 @@ def test_a_run_has_the_labelled_only_model_beside_it(semiseg: Command, recipe: P
     verdict = results["verdict"]
     assert results["miou"] == results_of("alone")["miou"], "the numbers of a run are its method's"
     assert verdict["difference"] == pytest.approx(100 * (results["miou"] - beside["miou"]))
-    assert verdict["gain"] == (results["val_best"]["miou"] > beside["val_best"]["miou"])
-    assert weights_of("both") == weights_of("alone" if verdict["gain"] else "labelled")
+    assert verdict["wins"] == (results["val_best"]["miou"] > beside["val_best"]["miou"])
+    assert weights_of("both") == weights_of("alone" if verdict["wins"] else "labelled")
     assert f"verdict: {verdict['words']}\n{verdict['why']}\n" in done.out
     lines = json.loads(semiseg("compare", "both/baseline", "both", "--json").out)
     assert lines[1]["difference"] == pytest.approx(verdict["difference"])
@@ -196,16 +217,18 @@ def test_the_better_model_is_delivered(semiseg: Command, recipe: Path, monkeypat
     """Whichever it is: here val is said to have been better or worse."""
     assert semiseg("train", recipe, "-o", "run", "baseline=true").code == 0
     folder = Path("run")
-    for gain in (False, True):
+    for wins in (False, True):
         (folder / "results.json").unlink()
         decided = judge(
-            [(trained(np.arange(60, 70), float(gain)), trained(np.arange(50, 60), 0.5))], "fixmatch", "test"
+            [(trained(np.arange(60, 70), float(wins)), trained(np.arange(50, 60), 0.5))], "fixmatch", "test"
         )
         monkeypatch.setattr(experiment, "judge", lambda *_, decided=decided: decided)
-        assert semiseg("train", recipe, "-o", "run", "baseline=true").code == 0
-        assert (weights_of(folder) == weights_of(folder / "baseline")) == (not gain)
-        assert results_of(folder)["delivered"].startswith("labelled-only, ") == (not gain)
-        assert api.load(folder).card["method"] == ("fixmatch" if gain else "supervised")
+        done = semiseg("train", recipe, "-o", "run", "baseline=true")
+        assert done.code == 0, done.err
+        assert ("test mIoU of fixmatch" in done.out) == (not wins), "whose score it is, if not the delivered model's"
+        assert (weights_of(folder) == weights_of(folder / "baseline")) == (not wins)
+        assert results_of(folder)["delivered"].startswith("labelled-only, ") == (not wins)
+        assert api.load(folder).card["method"] == ("fixmatch" if wins else "supervised")
 
 
 def test_the_labelled_only_model_has_the_same_loss(recipe: Path) -> None:
@@ -232,15 +255,105 @@ def test_seeds(semiseg: Command, recipe: Path) -> None:
     results, runs = results_of("run"), [Path("run/seed-3"), Path("run/seed-4")]
     assert results["miou"] == pytest.approx(np.mean([results_of(run)["miou"] for run in runs]))
     assert results["verdict"]["covers"] == "training"
-    changes = [results_of(run)["verdict"]["difference"] for run in runs]
+    changes = [100 * (results_of(run)["miou"] - results_of(run / "baseline")["miou"]) for run in runs]
     assert results["verdict"]["difference"] == pytest.approx(np.mean(changes))
-    arm = [run if results["verdict"]["gain"] else run / "baseline" for run in runs]
+    arm = [run if results["verdict"]["wins"] else run / "baseline" for run in runs]
     best = max(arm, key=lambda run: results_of(run)["val_best"]["miou"])
     assert weights_of("run") == weights_of(best), "of the better method the training that is best on val"
+    assert "means of 2 trainings" in results["note"]
     line = json.loads(semiseg("compare", "run", "--json").out)[0]
     assert (line["runs"], line["miou"]) == (2, pytest.approx(100 * results["miou"])), "a run of seeds is its trainings"
     assert semiseg(*words).out.startswith("run holds this run, finished.")
     assert "seeds=2" in semiseg("train", recipe, "-o", "run", "train.steps=4", "train.seed=3", "baseline=true").sentence
+
+
+@pytest.mark.parametrize("wins", [True, False])
+def test_the_seeds_say_together_what_is_delivered(
+    semiseg: Command, recipe: Path, monkeypatch: pytest.MonkeyPatch, wins: bool
+) -> None:
+    """Not each alone: the method may be worse on val in the very seed where it is best."""
+    decided = verdict_of((trained(np.arange(60, 70), float(wins)), trained(np.arange(50, 60), 0.5)))
+    monkeypatch.setattr(experiment, "judge", lambda *_: decided)
+    assert semiseg("train", recipe, "-o", "run", "baseline=true", "--seeds", "2", "train.steps=2").code == 0
+    assert api.load("run").card["method"] == ("fixmatch" if wins else "supervised")
+    for seed in ("run/seed-0", "run/seed-1"):
+        assert api.load(seed).card["method"] == "fixmatch"
+        assert results_of(seed)["verdict"] is None
+
+
+def test_val_without_any_class_chooses_nothing(semiseg: Command, recipe: Path, scenes: Path) -> None:
+    for path in (scenes / "masks/val").iterdir():
+        Image.fromarray(np.full((48, 64), 255, np.uint8)).save(path)
+    done = semiseg("train", recipe, "-o", "run", "baseline=true", "--seeds", "2", "train.steps=2")
+    assert done.code == 0, done.err
+    verdict = results_of("run")["verdict"]
+    assert "chosen on the same images" in verdict["why"]
+    assert weights_of("run") == weights_of("run/seed-0" if verdict["wins"] else "run/seed-0/baseline")
+
+
+def test_what_is_wrong_with_the_method_is_said_before_anything_is_trained(semiseg: Command, recipe: Path) -> None:
+    done = semiseg("train", recipe, "-o", "run", "baseline=true", "data.unlabelled=none")
+    assert "learns from unlabelled images too, and there is none" in done.sentence
+    assert not Path("run").exists(), "nor is anything written"
+
+
+def test_code_that_is_edited_meanwhile(
+    semiseg: Command, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trainings of a run have one method."""
+    code = tmp_path / "code" / "mine.py"
+    code.parent.mkdir()
+    text = "from semiseg.methods.fixmatch import FixMatch as Mine\n"
+    code.write_text(text)
+    words = ("train", recipe, "-o", "run", "--seeds", "2", "train.steps=2", "method=code/mine.py:Mine")
+    train = experiment.Session.train
+
+    def edited(session: Any, *given: Any, **named: Any) -> torch.nn.Module:
+        code.write_text(f"{text}# edited\n")
+        return train(session, *given, **named)
+
+    monkeypatch.setattr(experiment.Session, "train", edited)
+    assert "mine.py is not what run began with" in semiseg(*words).sentence
+    monkeypatch.setattr(experiment.Session, "train", train)
+    assert not Path("run/seed-1/recipe.yaml").exists()
+    code.write_text(text)
+    assert semiseg(*words).code == 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="open files are counted as Linux lists them")
+def test_a_method_is_gone_from_memory_before_the_next_training(
+    semiseg: Command, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, methods, alive, files = experiment.Session.train, [], [], []
+
+    def watched(session: Any, method: torch.nn.Module, *given: Any, **named: Any) -> torch.nn.Module:
+        alive.append(sum(known() is not None for known in methods))
+        methods.append(weakref.ref(method))
+        files.append(len(list(Path("/proc/self/fd").iterdir())))
+        return train(session, method, *given, **named)
+
+    monkeypatch.setattr(experiment.Session, "train", watched)
+    words = ("train", recipe, "-o", "run", "baseline=true", "--seeds", "2", "train.steps=2", "train.workers=1")
+    assert semiseg(*words).code == 0
+    assert alive == [0, 0, 0, 0]
+    assert files[1:] == [files[1]] * 3, "as many open files each time"
+
+
+def test_a_run_from_before_there_were_verdicts(semiseg: Command, recipe: Path) -> None:
+    assert semiseg("train", recipe, "-o", "run", "train.steps=2").code == 0
+    old = {key: value for key, value in results_of("run").items() if key != "verdict"}
+    Path("run/results.json").write_text(json.dumps(old))
+    done = semiseg("train", recipe, "-o", "run", "train.steps=2")
+    assert done.code == 0, done.err
+    assert "test mIoU" in done.out
+
+
+def test_data_that_has_changed_between_the_two_trainings(semiseg: Command, recipe: Path, scenes: Path) -> None:
+    assert semiseg("train", recipe, "-o", "run", "baseline=true", "train.steps=2").code == 0
+    Path("run/results.json").unlink()
+    for kind in ("images", "masks"):
+        next((scenes / kind / "test").iterdir()).unlink()
+    assert "the data has changed" in semiseg("train", recipe, "-o", "run", "baseline=true", "train.steps=2").sentence
 
 
 def test_folds(semiseg: Command, recipe: Path, flat: Path, drawn: Path) -> None:
@@ -257,7 +370,7 @@ def test_folds(semiseg: Command, recipe: Path, flat: Path, drawn: Path) -> None:
     assert results["miou"] == pytest.approx(joined(parts).miou)
     assert results["verdict"]["method"] == pytest.approx(100 * joined(parts).miou)
     assert weights_of("run") == weights_of("run/final")
-    wanted = "fixmatch" if results["verdict"]["gain"] else "supervised"
+    wanted = "fixmatch" if results["verdict"]["wins"] else "supervised"
     assert results_of("run/final")["method"] == wanted
     assert not Path("run/final/baseline").exists()
     assert semiseg("predict", "run", flat / "images", "-o", "masks").code == 0

@@ -142,12 +142,15 @@ def train(
 
 
 def _print_results(results: Mapping[str, Any]) -> None:
+    # A run that was finished before there were verdicts has none.
+    verdict = results["verdict"] if "verdict" in results else None
     if results["split"] is None:
         print(f"no image is held out, so there is no score; delivered: {results['delivered']}")
     else:
         images = f"{results['images']} {results['split']} images"
         score = "not known, as no mask has a class" if results["miou"] is None else f"{100 * results['miou']:.2f}"
-        print(f"{results['split']} mIoU {score} on {images}; delivered: {results['delivered']}")
+        whose = f" of {results['method']}" if verdict and not verdict["wins"] else ""
+        print(f"{results['split']} mIoU{whose} {score} on {images}; delivered: {results['delivered']}")
         _print_classes(results["per_class"])
         missed = [name for name, value in results["per_class"].items() if value == 0]
         if missed:
@@ -156,8 +159,8 @@ def _print_results(results: Mapping[str, Any]) -> None:
             )
     if results["note"]:
         print(f"note: {results['note']}")
-    if results["verdict"]:
-        print(f"verdict: {results['verdict']['words']}\n{results['verdict']['why']}")
+    if verdict:
+        print(f"verdict: {verdict['words']}\n{verdict['why']}")
     if results["skipped"]:
         print(f"unlabelled images that could not be read: {len(results['skipped'])}, named in results.json")
     print(f"{timedelta(seconds=round(results['seconds']))} of training, at most {results['peak_gb']:.1f} GB")

@@ -7,6 +7,7 @@ RUN/final/            after folds: whichever won, trained on all masks
 """
 
 import json
+import math
 import shutil
 import subprocess
 import uuid
@@ -15,12 +16,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 
 from semiseg import methods, parallel
 from semiseg.config import Recipe, as_text, build_of, load_recipe
@@ -28,14 +29,15 @@ from semiseg.data.check import leaks
 from semiseg.data.splits import Data, DataConfig, load_data, located
 from semiseg.engine import checkpoint
 from semiseg.engine.evaluate import evaluate, joined, load_scores, save_scores
+from semiseg.engine.log import forget_peak
 from semiseg.engine.memory import memory_errors, smaller
 from semiseg.engine.session import Session
-from semiseg.engine.verdict import Trained, judge
+from semiseg.engine.verdict import Trained, Verdict, judge
 from semiseg.files import LOCK, alone, replacing, sweep, write_json, write_text
 from semiseg.methods import Supervised
 from semiseg.methods.labelled import LossConfig
 from semiseg.networks.factory import NetworkConfig, code_file, find_weights
-from semiseg.networks.weights import save_model
+from semiseg.networks.weights import copy_model, save_model
 from semiseg.types import InputError, flat
 
 FREE = {"train.workers", "train.save_every", "train.device"}
@@ -50,10 +52,24 @@ _THREADS = parallel.threads()
 
 @dataclass(frozen=True)
 class _Code:
-    """Where the user's own code is looked for, and its files, of which a run keeps a copy."""
+    """Where the user's own code is looked for, its files, and the run folder, which keeps a copy of them."""
 
     base: Path | None
-    copies: tuple[Path, ...]
+    files: tuple[Path, ...]
+    run: Path
+
+    def check(self) -> None:
+        """A file that is edited meanwhile would make the later trainings of a run others than the first.
+
+        Raises:
+            InputError: a file is not what the run began with.
+        """
+        for path in self.files:
+            copy = self.run / path.name
+            if copy.is_file() and path.is_file() and copy.read_bytes() != path.read_bytes():
+                raise InputError(
+                    f"{path} is not what {self.run} began with: choose another --out, or restore it from there."
+                )
 
 
 def run(recipe: Recipe, out: Path, base: Path | None = None) -> None:
@@ -67,18 +83,26 @@ def run(recipe: Recipe, out: Path, base: Path | None = None) -> None:
     if _finished(out):
         print(f"{out} holds this run, finished.")
         return
+    several = members(recipe)
     with _writing(out), parallel.peers(), memory_errors(smaller(recipe.train)):
         # Met first: from here on a process may take its time with the data, and one that is lost is missed.
         parallel.start(parallel.device(recipe.train.device))
-        parts = {name: (part, _load(part)) for name, part in (members(recipe) or {"": recipe}).items()}
+        parts = several or {"": recipe}
+        if recipe.seeds > 1:
+            pools = dict.fromkeys(parts, _load(recipe))
+        else:
+            pools = {name: _load(part) for name, part in parts.items()}
         parallel.wait()  # all have looked at the folder by now: from here on process 0 may write
         torch.set_num_threads(recipe.train.threads)
         _write_recipe(recipe, out, code)
-        for name, (part, data) in parts.items():
-            if name:
+        for name, part in parts.items():
+            if several:
                 print(f"{name}:")
-            _pair(part, data, out / name, code)
-        if members(recipe):
+            beside = _has_baseline(part, pools[name])
+            _train(part, pools[name], out / name, code, judged=beside and not several)
+            if beside and several:
+                _train(labelled_only(part), pools[name], out / name / "baseline", code)
+        if several:
             _conclude(recipe, out, code)
 
 
@@ -115,32 +139,51 @@ def _finished(folder: Path) -> bool:
     return (folder / "results.json").exists()
 
 
-def _pair(recipe: Recipe, data: Data, folder: Path, code: _Code) -> None:
-    """A training, and before it the labelled-only one, where the method is another and something can be scored."""
-    _write_recipe(recipe, folder, code)
-    beside = None
-    if recipe.baseline and recipe.method.name != BASELINE and len(data.val) + len(data.test):
-        beside = folder / "baseline"
-        if not _finished(beside):
-            print("first the labelled-only model, to see what the unlabelled images bring (baseline: false omits it)")
-        _train(labelled_only(recipe), data, beside, code)
-    _train(recipe, data, folder, code, beside)
+def _has_baseline(recipe: Recipe, data: Data) -> bool:
+    """Whether the labelled-only model belongs beside it: the method is another, and something can be scored."""
+    return recipe.baseline and recipe.method.name != BASELINE and len(data.val) + len(data.test) > 0
 
 
-def _train(recipe: Recipe, data: Data, folder: Path, code: _Code, beside: Path | None = None) -> None:
+def _train(recipe: Recipe, data: Data, folder: Path, code: _Code, judged: bool = False) -> None:
     """One training in its folder, unless it is finished there.
 
-    Where the labelled-only model lies `beside`, results.json has the verdict, and model/ is that of the two that won.
+    If it is `judged`, the labelled-only one follows in baseline/, results.json has the verdict on both, and model/ is
+    that of the two that won. The method comes first, as what is wrong with it, or too large, is seen at once then.
     """
     if _finished(folder):
         return
+    results, weights = _fit(recipe, data, folder, code)
+    forget_peak()
+    beside = folder / "baseline"
+    if judged:
+        print("and the labelled-only model, to see what the unlabelled images bring (baseline: false omits it)")
+        _train(labelled_only(recipe), data, beside, code)
+    if parallel.rank() == 0:
+        verdict = (
+            _verdict([(_trained(folder, results), _trained(beside))], recipe, results["split"]) if judged else None
+        )
+        if verdict is None or verdict.wins:
+            save_model(folder / "model", weights, _card(recipe, data))
+        else:
+            copy_model(beside / "model", folder / "model")
+            results["delivered"] = f"labelled-only, {_read(beside)['delivered']}"
+        results["verdict"] = verdict and asdict(verdict)
+        write_json(folder / "results.json", results)  # the last file: where it is, the training is finished
+    parallel.wait()
+
+
+def _fit(recipe: Recipe, data: Data, folder: Path, code: _Code) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Trains and scores: what results.json says of the method, and the weights on the CPU; writes results.npz."""
+    code.check()
+    _write_recipe(recipe, folder, code)
+    # A method of one's own may draw as it is made: not from what a training before it in this process left.
+    torch.manual_seed(recipe.train.seed)
     device = parallel.device(recipe.train.device)
     kind = methods.find(recipe.method.name, code.base)
     build = build_of(_without_weights(recipe) if _restored(kind, folder) else recipe, data, device, code.base)
     method = kind(recipe.method.options, build)
     if isinstance(method, nn.Module):
         method.to(device)
-    _write_recipe(recipe, folder, code)
     for line in (_opening(recipe, data, device), *data.notes):
         print(line)
     session = Session(folder, recipe.train, recipe.evaluate, device)
@@ -149,37 +192,32 @@ def _train(recipe: Recipe, data: Data, folder: Path, code: _Code, beside: Path |
 
     split, rows = ("test", data.test) if len(data.test) else ("val", data.val)
     results = _results(recipe, data, session, split if len(rows) else None)
-    scores = evaluate(net, rows, data, recipe.evaluate, device) if len(rows) else None
-    if parallel.rank() == 0:
-        save_model(folder / "model", net.state_dict(), _card(recipe, data))
-        if scores is not None:
+    if len(rows):
+        scores = evaluate(net, rows, data, recipe.evaluate, device)
+        if parallel.rank() == 0:
             save_scores(folder / "results.npz", scores)
-            results |= {
-                "miou": scores.miou,
-                "per_class": scores.per_class,
-                "absent": list(scores.absent),
-                "images": len(rows),
-            }
-        if beside is not None:
-            results |= _compared(recipe, results, folder, beside)
-        write_json(folder / "results.json", results)  # the last file: where it is, the training is finished
-    parallel.wait()
+        results |= {
+            "miou": scores.miou,
+            "per_class": scores.per_class,
+            "absent": list(scores.absent),
+            "images": len(rows),
+        }
+    return results, {name: tensor.cpu() for name, tensor in net.state_dict().items()}
 
 
-def _compared(recipe: Recipe, results: Mapping[str, Any], folder: Path, beside: Path) -> dict[str, Any]:
-    """The verdict on a training and the labelled-only one beside it, whose model takes its place if that won."""
-    ours, theirs = _trained(folder, results), _trained(beside)
-    verdict = judge([(ours, theirs)], recipe.method.name, results["split"])
-    if verdict is None or verdict.gain:
-        return {"verdict": verdict and asdict(verdict)}
-    _deliver(beside, folder)
-    return {"verdict": asdict(verdict), "delivered": f"labelled-only, {_read(beside)['delivered']}"}
+def _verdict(pairs: Sequence[tuple[Trained, Trained]], recipe: Recipe, split: str) -> Verdict | None:
+    """See `engine.verdict.judge`; of several pairs the recipe says what they are.
 
-
-def _deliver(source: Path, folder: Path) -> None:
-    """Makes the model of another training this one's."""
-    shutil.rmtree(folder / "model", ignore_errors=True)
-    shutil.copytree(source / "model", folder / "model")
+    Raises:
+        InputError: a pair was not scored on the same images.
+    """
+    if any(a.scores.names != b.scores.names for a, b in pairs):
+        raise InputError(
+            f"The {split} images are not those of the labelled-only training: the data has changed since the run "
+            "began, choose another --out."
+        )
+    how: Literal["one", "seeds", "folds"] = "one" if len(pairs) == 1 else "seeds" if recipe.seeds > 1 else "folds"
+    return judge(pairs, recipe.method.name, split, how)
 
 
 def _read(folder: Path) -> dict[str, Any]:
@@ -190,8 +228,8 @@ def _read(folder: Path) -> dict[str, Any]:
 def _trained(folder: Path, results: Mapping[str, Any] | None = None) -> Trained:
     """What a verdict is made of; val counts where it is not the split that is reported."""
     results = _read(folder) if results is None else results
-    best = results["val_best"] if results["split"] == "test" else None
-    return Trained(load_scores(folder / "results.npz"), best["miou"] if best else None)
+    best = results["val_best"]["miou"] if results["split"] == "test" and results["val_best"] else None
+    return Trained(load_scores(folder / "results.npz"), None if best is None or math.isnan(best) else best)
 
 
 def _conclude(recipe: Recipe, out: Path, code: _Code) -> None:
@@ -201,15 +239,15 @@ def _conclude(recipe: Recipe, out: Path, code: _Code) -> None:
     verdict = None
     if all(_finished(folder / "baseline") for folder in folders):
         pairs = [(_trained(folder), _trained(folder / "baseline")) for folder in folders]
-        verdict = judge(pairs, recipe.method.name, found[0]["split"], "seeds" if recipe.seeds > 1 else "folds")
-    gain = verdict is None or verdict.gain
+        verdict = _verdict(pairs, recipe, found[0]["split"])
+    wins = verdict is None or verdict.wins
     data = load_data(recipe.data)
     if recipe.seeds > 1:
-        chosen = _best(folders) if gain else _best([folder / "baseline" for folder in folders])
+        chosen = _best(folders) if wins else _best([folder / "baseline" for folder in folders])
     else:
-        chosen, winner = out / "final", recipe if gain else labelled_only(recipe)
+        chosen, winner = out / "final", recipe if wins else labelled_only(recipe)
         whole = _with(winner, "data", folds=None, group=False).model_copy(update={"baseline": False})
-        print("final: all masks")
+        print(f"final: all {len(data.labelled)} masks")
         _train(whole, data, chosen, code)
 
     trainings = [*folders, *(folder / "baseline" for folder in folders), chosen]
@@ -219,7 +257,7 @@ def _conclude(recipe: Recipe, out: Path, code: _Code) -> None:
         "labelled": len(data.labelled),
         "unlabelled": len(data.unlabelled),
         "remarks": list(data.notes),
-        "delivered": ("" if gain else "labelled-only, ") + f"{chosen.relative_to(out)}: {_read(chosen)['delivered']}",
+        "delivered": ("" if wins else "labelled-only, ") + f"{chosen.relative_to(out)}: {_read(chosen)['delivered']}",
         "val_best": None,
         "val_last": None,
         "seconds": sum(results["seconds"] for results in everything),
@@ -228,28 +266,31 @@ def _conclude(recipe: Recipe, out: Path, code: _Code) -> None:
         "verdict": verdict and asdict(verdict),
     }
     if results["split"] is not None:
-        results |= _scores(recipe, folders)
+        results |= _scores(recipe, folders, results["note"])
     if parallel.rank() == 0:
-        _deliver(chosen, out)
+        copy_model(chosen / "model", out / "model")
         write_json(out / "results.json", results)
     parallel.wait()
 
 
 def _best(folders: Sequence[Path]) -> Path:
-    """The training that is best on val; without val the first."""
-    scores = [_read(folder)["val_best"] for folder in folders]
-    return folders[max(range(len(folders)), key=lambda i: scores[i]["miou"] if scores[i] else 0)]
+    """The training that is best on val; the first where there is no val, or no mask of it has a class."""
+    best = [_read(folder)["val_best"] for folder in folders]
+    scores = [(val["miou"] if val else None) or 0 for val in best]
+    return folders[int(np.argmax(scores))]
 
 
-def _scores(recipe: Recipe, folders: Sequence[Path]) -> dict[str, Any]:
-    """Means over the seeds; of folds, the images' scores together."""
+def _scores(recipe: Recipe, folders: Sequence[Path], note: str | None) -> dict[str, Any]:
+    """Means over the seeds; of folds, the images' scores together. `note`: of each training."""
     scores = [load_scores(folder / "results.npz") for folder in folders]
-    note = {}
-    if recipe.seeds == 1:
+    if recipe.seeds > 1:
+        told = f"scores are the means of {recipe.seeds} trainings" + f"; {note}" * (note is not None)
+    else:
         scores = [joined(scores)]
-        note = {"note": "each image is scored by a model that has not seen it; the delivered one has seen all"}
+        told = "each image is scored by a model that has not seen it; the delivered one has seen all"
     classes = np.array([list(one.per_class.values()) for one in scores])
-    return note | {
+    return {
+        "note": told,
         "miou": float(np.mean([one.miou for one in scores])),
         "per_class": dict(zip(scores[0].classes, classes.mean(0).tolist(), strict=True)),
         "absent": list(scores[0].absent),
@@ -304,8 +345,8 @@ def _resolve(recipe: Recipe, base: Path | None, out: Path) -> tuple[Recipe, _Cod
     places = [name.rpartition(":")[0] for name in (recipe.method.name, *(some.name for some in networks))]
     method = recipe.method.model_copy(update={"options": options.model_copy(update=found)})
     changed = {"data": located(recipe.data, base), "network": network, "method": method}
-    copies = tuple(code_file(place, base) for place in places if place.endswith(".py"))
-    return recipe.model_copy(update=changed), _Code(base, copies)
+    files = tuple(code_file(place, base) for place in places if place.endswith(".py"))
+    return recipe.model_copy(update=changed), _Code(base, files, out)
 
 
 def _found(value: Any, base: Path | None, begun: Any, option: str) -> Any:
@@ -331,11 +372,7 @@ def _for_folder(recipe: Recipe, out: Path, code: _Code) -> Recipe:
     stored = out / "recipe.yaml"
     if stored.exists():
         threads = _same(load_recipe(stored), recipe, out)
-        for path in code.copies:
-            if (out / path.name).is_file() and path.is_file() and (out / path.name).read_bytes() != path.read_bytes():
-                raise InputError(
-                    f"{path} is not what {out} began with: choose another --out, or restore it from there."
-                )
+        code.check()
     elif out.exists() and (not out.is_dir() or any(path.name != LOCK for path in out.iterdir())):
         raise InputError(f"{out} holds something that is not a run: choose another --out.")
     else:
@@ -388,7 +425,7 @@ def _nothing_half_written(out: Path) -> Iterator[None]:
 def _write_recipe(recipe: Recipe, out: Path, code: _Code) -> None:
     if parallel.rank() > 0 or (out / "recipe.yaml").exists():
         return
-    for path in code.copies:
+    for path in code.files:
         with replacing(out / path.name) as part:
             part.write_bytes(path.read_bytes())
     head = f"# semiseg {version('semiseg')}, commit {_commit()}\n"

@@ -5,6 +5,7 @@ import io
 import math
 import sys
 import time
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Self
@@ -131,9 +132,8 @@ class Log:
 
 
 def peak_memory() -> float:
-    """The most memory that this process has used so far, in GB: of the GPU if it uses one, else of the machine.
-
-    Loader processes are not counted. Windows does not tell: NaN.
+    """The most memory that this process has used since `forget_peak`, in GB: of the GPU if it uses one, else of the
+    machine. Loader processes are not counted. Windows does not tell: NaN.
     """
     if gpu := torch.cuda.max_memory_allocated():
         return gpu / 1e9
@@ -143,6 +143,14 @@ def peak_memory() -> float:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9
+
+
+def forget_peak() -> None:
+    """Counts peak memory from here on, for the next of several trainings; the machine's on Linux alone."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # proc_pid_clear_refs(5)
 
 
 def _draw(path: Path, panels: dict[str, list[str]], rows: dict[int, dict[str, float]]) -> None:

@@ -29,8 +29,8 @@ class Verdict:
     words: str
     why: str
     """What is delivered, and why."""
-    gain: bool
-    """Whether the method is delivered."""
+    wins: bool
+    """Whether the method is delivered; val may say so where the reported split does not."""
     method: float
     labelled_only: float
     difference: float
@@ -79,11 +79,11 @@ def judge(
     on_val = [[one.val for one in arm if one.val is not None] for arm in (methods, baselines)]
     if on_val[0] and on_val[1]:
         ours, theirs = (100 * float(np.mean(values)) for values in on_val)
-        gain, reason = ours > theirs, f"val has {theirs:.2f} -> {ours:.2f}"
+        wins, reason = ours > theirs, f"val has {theirs:.2f} -> {ours:.2f}"
     else:
-        gain, reason = difference > 0, "chosen on the same images, so that its score is a little optimistic"
-    why = f"Delivered: the {name if gain else 'labelled-only'} model; {reason}."
-    return Verdict(words, why, gain, method, baseline, difference, interval, covers)
+        wins, reason = difference > 0, "chosen on the same images, so that its score is a little optimistic"
+    why = f"Delivered: the {name if wins else 'labelled-only'} model; {reason}."
+    return Verdict(words, why, wins, method, baseline, difference, interval, covers)
 
 
 def _limits(interval: Interval | None, how: str, split: str, names: Sequence[str]) -> str:

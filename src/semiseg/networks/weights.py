@@ -7,6 +7,7 @@ No file of weights can run code: safetensors, and of torch's own format what hol
 
 import json
 import re
+import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -226,6 +227,17 @@ def save_model(folder: Path, state: dict[str, Tensor], card: dict[str, Any]) -> 
     with replacing(folder / WEIGHTS) as part:
         save_file(plain, part, metadata={"format": "pt"})
     write_json(folder / CARD, card)
+
+
+def copy_model(source: Path, folder: Path) -> None:
+    """Makes the model of the folder `source` that of `folder` too, as `save_model` would.
+
+    Raises:
+        InputError: the disk is full, or the folder cannot be written.
+    """
+    for name in (WEIGHTS, CARD):
+        with replacing(folder / name) as part:
+            shutil.copyfile(source / name, part)
 
 
 def model_folder(path: Path) -> Path:
