@@ -31,10 +31,11 @@ NAMES = {"camvid": "CamVid", "idd_lite": "IDD-lite", "dsb2018": "Nuclei (DSB2018
 HEAD = """# Results
 
 This page is written by `benchmarks/results.py` from `benchmarks/results.csv`, where one row is one run, with its commit
-and all its options. Scores are mIoU in per cent, of the checkpoint that was best on val; ± is the standard deviation
-over seeds, which are those of the run and of the draw of the labels. A difference is paired over the seeds that both
-have, and its 95 % interval covers training and draw: with few seeds it is wide, with one there is none. The *share of
-the gap* is what a method gains over labelled-only, of what all masks gain; its interval is Fieller's, and has no end
+and all its options. Scores are mIoU in per cent: test of the checkpoint that was best on val, or val of the last one,
+where there is no test split and val chose nothing; ± is the standard deviation over seeds, which are those of the run
+and of the draw of the labels. A difference is paired over the seeds that both have, and its 95 % interval covers
+training and draw: with few seeds it is wide, with one there is none. The *share of the gap* is what a method gains over
+labelled-only, of what all masks gain, over the seeds that all three have; its interval is Fieller's, and has no end
 where the gap itself cannot be told from zero.
 
 Networks and images are small and runs take minutes on two CPU cores. That tells methods apart on equal terms; it is
@@ -66,10 +67,22 @@ def _table(mine: list[dict[str, Any]]) -> str:
         scores = [_spread(x, "val_best")] if split == "test" else []
         scores += [_spread(x, "miou")]
         scores += [_spread(x["subsets"][name], f"miou_{name}") if name in x["subsets"] else "" for name in subsets]
-        seeds = ", ".join(map(str, x["seeds"])) if len(x["seeds"]) < 3 else f"{x['seeds'][0]}-{x['seeds'][-1]}"
-        cells = [x["method"], str(x["labelled"]), seeds, *scores, _difference(x), _share(x), f"{x['minutes']:.0f}"]
+        cells = [
+            x["method"],
+            str(x["labelled"]),
+            _seeds(x["seeds"]),
+            *scores,
+            _difference(x),
+            _share(x),
+            f"{x['minutes']:.0f}",
+        ]
         rows.append(cells)
     return table(rows)
+
+
+def _seeds(seeds: list[int]) -> str:
+    row = len(seeds) > 2 and seeds == list(range(seeds[0], seeds[-1] + 1))
+    return f"{seeds[0]}-{seeds[-1]}" if row else ", ".join(map(str, seeds))
 
 
 def _spread(x: dict[str, Any], column: str) -> str:
@@ -89,7 +102,7 @@ def _difference(x: dict[str, Any]) -> str:
 def _share(x: dict[str, Any]) -> str:
     if x["gap_closed"] is None or x["labelled"] == x["masks"]:
         return ""
-    limits, pairs = x["gap_interval"], x["pairs"]
+    limits, pairs = x["gap_interval"], x["gap_pairs"]
     words = "" if pairs < 2 else " (no end)" if limits is None else f" ({_percent(limits[0])} .. {_percent(limits[1])})"
     return _percent(x["gap_closed"]) + words
 
@@ -136,22 +149,23 @@ def draw(mine: list[dict[str, Any]], path: Path) -> None:
 
 def _ranks(found: list[dict[str, Any]]) -> str:
     """Methods with a score on every ranked data set, the best mean rank first."""
-    scores: dict[str, dict[str, float]] = {}
+    settings: dict[str, dict[str, dict[str, float]]] = {data: {} for data in RANKED}
     for x in found:
         if x["data"] in RANKED and x["labelled"] == RANKED[x["data"]] and "random" not in x["setting"]:
-            scores.setdefault(x["method"], {})[x["data"]] = x["miou"]
-    complete = {name: values for name, values in scores.items() if values.keys() == RANKED.keys()}
+            settings[x["data"]].setdefault(x["setting"], {})[x["method"]] = x["miou"]
+    # Scores of two settings do not compare: of several the one counts that most methods have.
+    scores = {data: max(of_data.values(), key=len, default={}) for data, of_data in settings.items()}
+    complete = [name for name in scores[next(iter(RANKED))] if all(name in scores[data] for data in RANKED)]
     text = "## The default\n\n"
     if len(complete) < 2:
         return text + f"`{DEFAULT}`; too few methods have a score on all of {', '.join(RANKED)} to rank them.\n"
-    values = np.array([[complete[name][data] for data in RANKED] for name in complete])
+    values = np.array([[scores[data][name] for data in RANKED] for name in complete])
     ranks = stats.rankdata(-values, axis=0)
     order = np.argsort(ranks.mean(1), kind="stable")
-    names = list(complete)
     rows = [["method", *(f"{NAMES[data]}, {count} labels" for data, count in RANKED.items()), "mean rank"]]
     for i in order:
         cells = [f"{values[i, j]:.1f} ({ranks[i, j]:g})" for j in range(len(RANKED))]
-        rows.append([names[i], *cells, f"{ranks[i].mean():.2f}"])
+        rows.append([complete[i], *cells, f"{ranks[i].mean():.2f}"])
     text += "Mean mIoU and its rank on each data set, of the methods that have a score on all. "
     return f"{text}The default is `{DEFAULT}`.\n\n{table(rows)}\n"
 
@@ -167,10 +181,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:
             raise InputError(f"{PAGE} is not what {given.results} says: run benchmarks/results.py.")
         return 0
-    for key in dict.fromkeys((x["data"], x["setting"]) for x in found):
-        mine = [x for x in found if (x["data"], x["setting"]) == key]
-        if curves(mine):
-            draw(mine, PICTURES / _picture(mine))
+    groups = dict.fromkeys((x["data"], x["setting"]) for x in found)
+    drawn = [mine for key in groups if curves(mine := [x for x in found if (x["data"], x["setting"]) == key])]
+    assert len({_picture(mine) for mine in drawn}) == len(drawn), "a picture for each data set: name the settings too"
+    for mine in drawn:
+        draw(mine, PICTURES / _picture(mine))
     write_text(PAGE, text)
     print(f"{PAGE.relative_to(ROOT)} written", file=sys.stderr)
     return 0

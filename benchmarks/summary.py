@@ -76,7 +76,8 @@ def compared(arm: Arm, base: Arm, top: Arm | None) -> dict[str, Any]:
         half = stats.t.ppf(0.975, len(seeds) - 1) * change.std(ddof=1) / np.sqrt(len(seeds))
         interval = [float(change.mean() - half), float(change.mean() + half)]
     share = limits = None
-    if top is not None and (all_three := [seed for seed in seeds if seed in top]):
+    all_three = [seed for seed in seeds if top is not None and seed in top]
+    if top is not None and all_three:
         low = _values("miou", base, all_three)
         gain, gap = _values("miou", arm, all_three) - low, _values("miou", top, all_three) - low
         share = float(gain.mean() / gap.mean()) if gap.mean() > 0 else None
@@ -87,6 +88,7 @@ def compared(arm: Arm, base: Arm, top: Arm | None) -> dict[str, Any]:
         "pairs": len(seeds),
         "gap_closed": share,
         "gap_interval": limits,
+        "gap_pairs": len(all_three),
     }
 
 

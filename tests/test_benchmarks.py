@@ -677,14 +677,15 @@ def test_the_ratio_interval_ends_where_the_ratio_would_be_refused() -> None:
 def test_curves_and_ranks(tmp_path: Path) -> None:
     def line(data: str, method: str, labelled: int, miou: float) -> dict[str, Any]:
         shared = {"data": data, "setting": "tiny", "split": "test", "masks": 400, "seeds": [0, 1], "subsets": {}}
-        shared |= {"val_best": 50.0, "val_best_spread": 1.0, "miou_spread": 1.0, "minutes": 3.0, "pairs": 2}
-        shared |= {"difference": None, "interval": None, "gap_closed": None, "gap_interval": None}
+        shared |= {"val_best": 50.0, "val_best_spread": 1.0, "miou_spread": 1.0, "minutes": 3.0, "gap_pairs": 1}
+        shared |= {"difference": None, "interval": None, "gap_closed": 0.5, "gap_interval": None}
         return {"method": method, "labelled": labelled, "miou": miou, **shared}
 
     found = [
         *(line("camvid", "supervised", n, 40 + n / 10) for n in (23, 46, 92)),
         *(line("camvid", "fixmatch", n, 42 + n / 10) for n in (23, 46, 92)),
         line("camvid", "u2pl", 46, 60.0),
+        line("camvid", "fixmatch", 46, 99.0) | {"setting": "longer", "seeds": [0, 2, 3]},
         *(line(data, m, n, s) for data, n in (("idd_lite", 88), ("dsb2018", 29)) for m, s in RANKED.items()),
     ]
     assert list(results.curves(found)) == ["supervised", "fixmatch"], "one number of labels is no curve"
@@ -693,6 +694,9 @@ def test_curves_and_ranks(tmp_path: Path) -> None:
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
     text = results.page(found)
     assert "labels-camvid.svg" in text
+    assert "| 0, 2, 3 " in text, "no seed 1"
+    assert "50 % " in text
+    assert "(no end)" not in text, "one seed has no interval"
     ranks = [row for row in text.partition("## The default")[2].splitlines() if row.startswith("| ")]
     assert [row.split("|")[1].strip() for row in ranks] == ["method", "supervised", "fixmatch"], (
         "u2pl is not everywhere"
