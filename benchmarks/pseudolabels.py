@@ -70,10 +70,9 @@ def pools(recipe: Recipe, folder: Path, number: int) -> tuple[Data, Rows, Rows]:
         raise InputError(f"{place / REPORT} is missing: finish the run first, or choose another --round.")
     data, known = with_masks(recipe, folder)
     pseudo, _ = finished(data.unlabelled, data, place)
-    files = [Path(known.root, name).as_posix() for name in known.names]
-    number_of = {file: i for i, file in enumerate(files)}
-    both = [i for i, name in enumerate(pseudo.names) if name in number_of]
-    return data, pseudo[both], known[[number_of[pseudo.names[i]] for i in both]]
+    number_of = {str(row.image): i for i, row in enumerate(known)}
+    both = {i: number_of[name] for i, row in enumerate(pseudo) if (name := str(row.image)) in number_of}
+    return data, pseudo[list(both)], known[list(both.values())]
 
 
 def count(pseudo: Rows, known: Rows, data: Data) -> Counts:

@@ -649,8 +649,6 @@ def test_processes_are_measured(recipe: Write, capsys: pytest.CaptureFixture[str
     processes.main([str(recipe(train__batch=8)), "--steps", "15", "--json"])
     found = printed(capsys)
     assert found["ratio"] == pytest.approx(found["images_per_second"]["2"] / found["images_per_second"]["1"])
-    with pytest.raises(InputError, match=r"the run of 2 processes failed: train\.batch: 4 images cannot be divided"):
-        processes.main([str(recipe(train__batch=4)), "--steps", "15"])
     with pytest.raises(InputError, match="--steps 14 leaves nothing"):
         processes.main(["--steps", "14"])
 

@@ -782,7 +782,6 @@ def test_ignored_reference_gives_an_empty_matrix() -> None:
     assert not metrics.confusion(torch.zeros(1, 2, 2).long(), torch.full((1, 2, 2), IGNORE), 3).any()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_weights_of_images() -> None:
     """An image that counts twice is as if it were there twice; one that counts nothing as if it were not."""
     logits, mask = batch(90)
@@ -842,6 +841,7 @@ def test_threshold_counts_are_sums_over_pixels(seed: int) -> None:
         np.testing.assert_allclose(found[c], [mine.sum(), len(mine)])
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_nothing_waits_for_the_device() -> None:
     logits, mask = (t.cuda() for t in batch(80))
     image, u = picture(80, 2).cuda(), {name: values.cuda() for name, values in uniforms(80, 2).items()}

@@ -171,7 +171,6 @@ def three_steps(case: testing.Case, name: str, train: Mapping[str, Any], until: 
     ("method", "options"),
     [
         ("advsemiseg", {"threshold": 0.499318, "semi_start": 0.0}),
-        ("fixmatch", {"threshold": 0.4147}),
         ("u2pl", {"warm_up": 0.2, "weight": 0.0}),
     ],
 )

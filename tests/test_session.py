@@ -241,6 +241,15 @@ def test_an_interrupted_evaluation_is_made_up_for(case: Case, call: int) -> None
         assert state(resumed.folder)["progress"][key] == state(whole.folder)["progress"][key]
 
 
+@pytest.fixture
+def _answered() -> Iterator[None]:
+    """Ctrl-C is answered as in a terminal: a shell starts what runs in its background with the signal ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_answered")
 def test_a_second_interrupt_acts_at_once(case: Case) -> None:
     def twice() -> None:
         signal.raise_signal(signal.SIGINT)
