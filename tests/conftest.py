@@ -13,6 +13,8 @@ import torch
 
 from semiseg import cli
 from semiseg.data import synthetic
+from semiseg.engine import log
+from semiseg.files import replacing
 
 RECIPE = """
 data: {{root: {root}, format: splits, scale: [0.75, 1.5]}}
@@ -46,6 +48,18 @@ class Done:
 
 
 Command = Callable[..., Done]
+
+
+@pytest.fixture(autouse=True)
+def _quick_curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes half of the time of a tiny run: the file is there, and test_log.py looks at what is drawn."""
+    if request.path.name != "test_log.py":
+        monkeypatch.setattr(log, "_draw", undrawn)
+
+
+def undrawn(path: Path, *_: object) -> None:
+    with replacing(path) as part:
+        part.touch()
 
 
 @pytest.fixture

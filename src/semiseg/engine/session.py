@@ -315,7 +315,8 @@ class Session:
                         since = time.perf_counter()
                     if saving:
                         save(done, told.signal if world > 1 else signals.received)
-            log.curves()
+            if not evaluations:  # else the last one has drawn them
+                log.curves()
         checkpoint.load_weights(self.delivered, method.predictor())
         return method.predictor()
 
