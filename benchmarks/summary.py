@@ -9,6 +9,8 @@ from common import table
 from ledger import Row
 from scipy import stats
 
+from semiseg.engine.intervals import over_training
+
 Arm = dict[int, Row]
 """The rows of one recipe by seed."""
 
@@ -71,10 +73,6 @@ def compared(arm: Arm, base: Arm, top: Arm | None) -> dict[str, Any]:
     change = _values("miou", arm, seeds) - _values("miou", base, seeds)
     if not seeds:
         return {}
-    interval = None
-    if len(seeds) > 1:
-        half = stats.t.ppf(0.975, len(seeds) - 1) * change.std(ddof=1) / np.sqrt(len(seeds))
-        interval = [float(change.mean() - half), float(change.mean() + half)]
     share = limits = None
     all_three = [seed for seed in seeds if top is not None and seed in top]
     if top is not None and all_three:
@@ -84,7 +82,7 @@ def compared(arm: Arm, base: Arm, top: Arm | None) -> dict[str, Any]:
         limits = ratio_interval(gain, gap)
     return {
         "difference": float(change.mean()),
-        "interval": interval,
+        "interval": over_training(change),
         "pairs": len(seeds),
         "gap_closed": share,
         "gap_interval": limits,

@@ -711,7 +711,7 @@ def test_a_pool_of_each_kind(
 ) -> None:
     """Pools of as many images as asked for, of which each is one that was written, and their lines."""
     if kind == "parquet":
-        pytest.importorskip("pyarrow")
+        pytest.importorskip("pyarrow", reason="the parquet extra is not installed")
     monkeypatch.setattr(pool, "SHARD", 20)
     seen: list[tuple[int, int, set[bytes]]] = []
 

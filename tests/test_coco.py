@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from semiseg.data import coco as coco_module
 from semiseg.data.cache import open_mask, open_pair
@@ -317,7 +317,7 @@ def test_a_file_is_read_once(instances: Maker, cache: Path, monkeypatch: pytest.
     assert len(reads) == 5
 
 
-class _Masks:
+class _Masks(Dataset[Mask]):
     def __init__(self, data: Data) -> None:
         self.data = data
 
@@ -330,7 +330,7 @@ class _Masks:
 
 def test_workers_draw_the_same(instances: Maker) -> None:
     data = load(instances(), format="coco")
-    loader = DataLoader(_Masks(data), batch_size=None, num_workers=1)  # type: ignore[arg-type]
+    loader = DataLoader(_Masks(data), batch_size=None, num_workers=1)
     np.testing.assert_equal([np.asarray(mask) for mask in loader], [mask_of(data, row) for row in data.labelled])
 
 

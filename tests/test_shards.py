@@ -239,7 +239,7 @@ def test_few_handles_are_open(tmp_path: Path) -> None:
 def open_files(folder: Path) -> int:
     numbers = Path("/proc/self/fd")
     if not numbers.exists():
-        pytest.skip("the system does not tell")
+        pytest.skip("open files are counted as Linux lists them")
     links = [str(link.readlink()) for link in numbers.iterdir() if link.exists()]
     return sum(link.startswith(f"{folder}/") and link.endswith(".tar") for link in links)
 
@@ -250,7 +250,7 @@ def open_files(folder: Path) -> int:
 @pytest.fixture
 def parquet(tmp_path: Path) -> Save:
     """Writes columns into a Parquet file with row groups of `rows`."""
-    arrow = pytest.importorskip("pyarrow")
+    arrow = pytest.importorskip("pyarrow", reason="the parquet extra is not installed")
     from pyarrow import parquet as writer
 
     def save(columns: Mapping[str, list[Any]], rows: int = 3, name: str = "pool.parquet", **types: Any) -> Path:
@@ -268,14 +268,15 @@ def as_datasets_does(count: int) -> list[dict[str, Any]]:
 
 
 def test_columns_of_images(parquet: Save) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow as pa  # it is there: the fixture skips otherwise
+
     files = [picture(i) for i in range(8)]
     expected = {str(i): file for i, file in enumerate(files)}
     structs = parquet({"label": [0] * 8, "image": as_datasets_does(8), "mask": as_datasets_does(8)})
     assert images_of(structs) == expected
     assert images_of(parquet({"jpg": files, "text": ["t"] * 8}, rows=8)) == expected
-    assert images_of(parquet({"a.b": files}, rows=1, **{"a.b": pyarrow.large_binary})) == expected
-    assert images_of(parquet({"jpg": files[:0]}, jpg=pyarrow.binary)) == {}
+    assert images_of(parquet({"a.b": files}, rows=1, **{"a.b": pa.large_binary})) == expected
+    assert images_of(parquet({"jpg": files[:0]}, jpg=pa.binary)) == {}
 
 
 def test_parquet_files_without_images(parquet: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from semiseg.config import load_recipe
 from semiseg.engine.evaluate import Scores, joined, load_scores
 from semiseg.engine.intervals import RESAMPLES, block_length, blocks, classes_over_images, over_images, over_training
 from semiseg.engine.verdict import Trained, Verdict, judge
+from semiseg.methods import U2PL, Supervised
 from semiseg.ops.metrics import iou, miou
 from semiseg.types import InputError
 
@@ -235,7 +236,9 @@ def test_the_labelled_only_model_has_the_same_loss(recipe: Path) -> None:
     ours = load_recipe(recipe, ["method={name: u2pl, loss: {kind: ce+dice}, alpha: 10}", "train.steps=7"])
     base = experiment.labelled_only(ours)
     assert base.method.name == "supervised"
-    assert base.method.options.loss == ours.method.options.loss  # type: ignore[attr-defined]
+    assert isinstance(base.method.options, Supervised.Config)
+    assert isinstance(ours.method.options, U2PL.Config)
+    assert base.method.options.loss == ours.method.options.loss
     assert (base.train, base.data, base.network, base.optim) == (ours.train, ours.data, ours.network, ours.optim)
 
 
