@@ -595,7 +595,7 @@ def test_a_schedule_is_trained_and_compared(
     one = load_recipe(recipe(method="supervised"))
     found = schedule.trained(one, "coarse2fine+", "one", [0, 1], tmp_path / "runs")
     assert trained == [(f"one-{which}", seed) for seed in (0, 1) for which in ("baseline", "coarse2fine+")]
-    assert (found["pairs"], found["difference"], found["interval"]) == (2, 0, [0, 0])
+    assert (found["pairs"], found["difference"], found["interval"]) == (2, 0, (0, 0))
     assert found["minutes"] == {"baseline": 1, "coarse2fine+": 1}
     assert found["minutes_to_goal"] == {"baseline": [1, 1], "coarse2fine+": [0.5, 0.5]}
     schedule.trained(one, "coarse2fine+", "one", [0, 1], tmp_path / "runs")
