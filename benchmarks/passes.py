@@ -211,6 +211,8 @@ def prepare(recipe: Recipe, device: torch.device, base: Path) -> Bench:
     """A bench with random images and masks in the recipe's shapes."""
     data = random_data(recipe)
     method = build_method(recipe, data, device, base)
+    if recipe.train.compile:
+        method.compile()
     streams = method.streams(data, recipe.train.batch, recipe.train.crop)
     return Bench(recipe, method, batches_of(streams, recipe, len(data.classes), device), device)
 

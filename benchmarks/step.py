@@ -1,12 +1,14 @@
 """What a training step costs over its least passes: time and peak memory.
 
-    python benchmarks/step.py [RECIPE...] [--device cpu|cuda] [--rounds 15] [--no-memory] [--json]
+    python benchmarks/step.py [RECIPE...] [--device cpu|cuda] [--rounds 15] [--no-memory] [--compile] [--json]
 
 The least passes of a method are written down in passes.LEAST, in images: forwards and backwards of its networks and
 nothing else, backward from given gradients of the logits. What the ratio charges for is all the rest of a step:
 transfer, photometry, targets, losses and their gradients, optimiser, teacher. Both sides run in the recipe's precision
 and memory layout, with random images in its shapes, and take turns in one process; times are medians. Peak memory is
-that of a fresh process for each side. No data is opened. For each recipe labelled-only stands beside its method.
+that of a fresh process for each side. No data is opened. For each recipe labelled-only stands beside its method. A last
+table has the same passes in both precisions and layouts, and with --compile through torch.compile, in brackets the
+seconds until it has compiled.
 """
 
 import json
@@ -119,19 +121,23 @@ def breakdown(bench: Bench, rounds: int) -> dict[str, float]:
     return {part: 1e3 * median(one[part] for one in found[1:]) for part in found[-1]}
 
 
-def fastest(recipe: Recipe, base: Path, device: torch.device, rounds: int) -> tuple[str, float]:
-    """The precision and layout in which the same passes are fastest, and their milliseconds."""
-    functions, wait = {}, None
-    for precision in ("fp32", "bf16"):
-        for last in ("false", "true"):
-            texts = [f"train.precision={precision}", f"train.channels_last={last}"]
-            bench = prepare(parse(override(recipe.dump(), texts), base), device, base)
-            functions[precision + " channels_last" * (last == "true")] = bench.least()
-            wait = bench.wait
-    assert wait is not None
-    times = {name: 1e3 * float(np.median(t)) for name, t in take_turns(functions, wait, rounds).items()}
-    best = min(times, key=lambda name: times[name])
-    return best, times[best]
+def by_option(recipe: Recipe, base: Path, device: torch.device, rounds: int, compiled: bool) -> list[dict[str, Any]]:
+    """The least passes in every precision and layout, and compiled: ms, and seconds until they have first run."""
+    functions, benches, first = {}, {}, {}
+    for compile_ in (False, True)[: 1 + compiled]:
+        for precision in ("fp32", "bf16"):
+            for last in (False, True):
+                texts = {"precision": precision, "channels_last": last, "compile": compile_}
+                overrides = [f"train.{key}={str(value).lower()}" for key, value in texts.items()]
+                bench = prepare(parse(override(recipe.dump(), overrides), base), device, base)
+                name = precision + " channels_last" * last + " compiled" * compile_
+                benches[name], functions[name] = bench, bench.least()
+                begun = time.perf_counter()
+                functions[name]()
+                bench.wait()
+                first[name] = time.perf_counter() - begun
+    times = take_turns(functions, next(iter(benches.values())).wait, rounds)
+    return [{"option": name, "ms": 1e3 * float(np.median(t)), "first_s": first[name]} for name, t in times.items()]
 
 
 def peak(recipe: Recipe, base: Path, device: torch.device, side: str) -> float | None:
@@ -166,7 +172,7 @@ def _peak_apart(path: Path, method: str, device: str, side: str) -> float | None
     return value
 
 
-def measure(path: Path, device: torch.device, rounds: int, memory: bool) -> list[dict[str, Any]]:
+def measure(path: Path, device: torch.device, rounds: int, memory: bool, compiled: bool) -> list[dict[str, Any]]:
     """One line of results for labelled-only and one for the recipe's method, if that is another one."""
     recipe, base = load_recipe(path), path.parent
     torch.set_num_threads(recipe.train.threads or torch.get_num_threads())
@@ -179,7 +185,7 @@ def measure(path: Path, device: torch.device, rounds: int, memory: bool) -> list
     found = []
     for name, bench in benches.items():
         whole, least = times[f"{name} whole"], times[f"{name} least"]
-        how, least_time = fastest(recipes[name], base, device, max(1, rounds // 3))
+        options = by_option(recipes[name], base, device, max(1, rounds // 3), compiled)
         line = {
             "recipe": path.stem,
             "device": device.type,
@@ -190,8 +196,7 @@ def measure(path: Path, device: torch.device, rounds: int, memory: bool) -> list
             "ratio_quartiles": np.percentile(whole / least, [25, 75]).tolist(),
             "images_per_second": bench.images / float(np.median(whole)),
             "over_labelled_only": float(np.median(whole) / np.median(times["supervised whole"])),
-            "fastest_passes": how,
-            "fastest_passes_ms": least_time,
+            "options": sorted(options, key=lambda option: option["ms"]),
             "parts_ms": breakdown(bench, max(1, rounds // 3)),
         }
         if memory:
@@ -209,7 +214,7 @@ def of_method(recipe: Recipe, name: str, source: Path) -> Recipe:
 
 
 def as_text(lines: list[dict[str, Any]]) -> str:
-    """Two tables: what a step costs, and where its time goes."""
+    """Three tables: what a step costs, where its time goes, and what precision, layout and compiling make of it."""
     head = ["recipe", "device", "method", "step ms", "least ms", f"ratio (<= {TIME})", "images/s", "x labelled-only",
             "fastest passes", "peak MB", "least MB", f"ratio (<= {MEMORY})"]  # fmt: skip
     rows = [head]
@@ -220,14 +225,20 @@ def as_text(lines: list[dict[str, Any]]) -> str:
             memory = [f"{x['whole_mb']:.0f}", f"{x['least_mb']:.0f}", f"{x['memory_ratio']:.3f}"]
         speed = [f"{x['step_ms']:.1f}", f"{x['least_ms']:.1f}", f"{x['ratio']:.3f} ({low:.3f}-{high:.3f})"]
         beside = [f"{x['images_per_second']:.1f}", f"{x['over_labelled_only']:.2f}"]
-        best = f"{x['fastest_passes_ms']:.1f} ms, {x['fastest_passes']}"
+        best = f"{x['options'][0]['ms']:.1f} ms, {x['options'][0]['option']}"
         rows.append([x["recipe"], x["device"], x["method"], *speed, *beside, best, *memory])
     parts = list(dict.fromkeys(part for line in lines for part in line["parts_ms"]))
     costs = [["ms of a step", *parts]]
     for x in lines:
         cells = [f"{x['parts_ms'][part]:.1f}" if part in x["parts_ms"] else "" for part in parts]
         costs.append([f"{x['method']}, {x['device']}", *cells])
-    return f"{table(rows)}\n\n{table(costs)}"
+    names = sorted(option["option"] for option in lines[0]["options"])
+    passes = [["ms of the least passes", *names]]
+    for x in lines:
+        found = {option["option"]: option for option in x["options"]}
+        cells = [f"{found[n]['ms']:.1f}" + f" ({found[n]['first_s']:.0f} s)" * ("compiled" in n) for n in names]
+        passes.append([f"{x['method']}, {x['device']}", *cells])
+    return f"{table(rows)}\n\n{table(costs)}\n\n{table(passes)}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -236,6 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--device", choices=["cpu", "cuda"], help="else the CPU, and the GPU where there is one")
     options.add_argument("--rounds", type=int, default=15, help="steps that are timed")
     options.add_argument("--no-memory", action="store_true", help="leaves the fresh processes out")
+    options.add_argument("--compile", action="store_true", help="also times compiled passes, minutes for each")
     options.add_argument("--peak", choices=["whole", "least"], help="only prints one side's peak MB")
     options.add_argument("--method", help="with --peak: the method")
     given = options.parse_args(arguments)
@@ -249,7 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     lines = []
     for path in given.recipes:
         for device in devices:
-            lines += measure(path, torch.device(device), given.rounds, not given.no_memory)
+            lines += measure(path, torch.device(device), given.rounds, not given.no_memory, given.compile)
     finish({"steps": lines, "most": {"time": TIME, "memory": MEMORY}}, as_text(lines), given.json)
 
 

@@ -21,6 +21,7 @@ from semiseg.data.splits import load_data
 from semiseg.engine.evaluate import Scores, save_scores
 from semiseg.files import write_json
 from semiseg.methods import fixmatch
+from semiseg.networks.net import SegNet
 from semiseg.types import InputError
 
 BENCHMARKS = str(Path(__file__).parents[1] / "benchmarks")
@@ -120,7 +121,22 @@ def test_step_measures_both_methods(recipe: Write, capsys: pytest.CaptureFixture
         assert {"forward", "backward", "targets and loss", "optimiser", "rest"} <= line["parts_ms"].keys()
         assert sum(line["parts_ms"].values()) > 0
     assert {"photometry", "teacher's forward", "teacher's update"} <= lines["fixmatch"]["parts_ms"].keys()
-    assert len(step.as_text(found).splitlines()) == 9
+    names = {f"{precision}{last}" for precision in ("fp32", "bf16") for last in ("", " channels_last")}
+    assert {option["option"] for option in lines["fixmatch"]["options"]} == names
+    assert len(step.as_text(found).splitlines()) == 14
+
+
+def test_passes_are_timed_compiled_too(recipe: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+
+    def compile_(net: SegNet) -> None:
+        compiled.append(net)
+
+    monkeypatch.setattr(SegNet, "compile", compile_)
+    one = load_recipe(recipe())
+    options = step.by_option(one, Path(), torch.device("cpu"), 1, True)
+    assert sum("compiled" in option["option"] for option in options) == 4
+    assert len(compiled) == 4 * 2  # student and teacher
 
 
 def test_peak_is_one_number(recipe: Write, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ import errno
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -17,6 +18,8 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.utils
+import torch._inductor.config
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -508,3 +511,30 @@ def test_other_schedules_leave_the_statistics(case: Case, monkeypatch: pytest.Mo
     monkeypatch.setattr("semiseg.engine.session.REFRESH", None)  # no number of batches
     for schedule in ("baseline", "coarse2fine", "alternate"):
         run(case, schedule, schedule=schedule, crop=[32, 32], evaluations=1, steps=6)
+
+
+# ---- compiled ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_run(case: Case) -> None:
+    """Its losses are nearly those of a plain one, and it ends bit for bit alike where it was interrupted."""
+    plain, counted = run(case, "plain"), torch._dynamo.utils.counters["stats"]
+    before = counted["unique_graphs"]
+    compiled = run(case, "compiled", compile=True)
+    assert counted["unique_graphs"] > before
+    losses = [[float(row["loss"]) for row in rows(result.folder)] for result in (plain, compiled)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    with pytest.raises(Interrupted):
+        run(case, "again", at(4, lambda: os.kill(os.getpid(), signal.SIGTERM)), compile=True)
+    same_end(compiled, run(case, "again", compile=True))
+
+
+def test_what_cannot_be_compiled(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no_such_compiler",))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    torch._dynamo.reset()
+    with pytest.raises(
+        InputError, match=r"^train\.compile: torch cannot compile this network here \(.*\): leave it out"
+    ):
+        run(case, "run", compile=True)

@@ -229,6 +229,8 @@ class TrainConfig(Options):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["bf16", "fp32"] = "fp32"
     channels_last: bool = False
+    compile: bool = False
+    """Through torch.compile: the first step takes minutes, and so does the first of each other size of crops."""
     threads: Annotated[int, Field(ge=0)] = 0
     """CPU threads of torch; 0: physical cores. They change the last bits of a run, so its recipe.yaml keeps them."""
     workers: Annotated[int, Field(ge=0)] = 1

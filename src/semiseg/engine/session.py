@@ -53,6 +53,7 @@ class Trainable(Protocol):
     def streams(self, data: Data, batch: int, crop: tuple[int, int]) -> dict[str, Stream]: ...
     def step(self, clock: Clock, **batches: object) -> dict[str, Tensor]: ...
     def predictor(self) -> nn.Module: ...
+    def compile(self) -> None: ...
     def modules(self) -> Iterator[nn.Module]: ...
     def parameters(self) -> Iterator[nn.Parameter]: ...
     def state_dict(self) -> dict[str, Any]: ...
@@ -253,7 +254,12 @@ class Session:
         self._tell_shown(streams, data)
         kept = {share: max(1, round(total * share)) for share in (*c.keep, *keep)}
         rank, world = parallel.rank(), parallel.world()
-        with Log(self.folder, total, start, rank == 0) as log, _Signals() as signals, memory_errors(smaller(c)):
+        with (
+            Log(self.folder, total, start, rank == 0) as log,
+            _Signals() as signals,
+            memory_errors(smaller(c)),
+            _compiled(method, c.compile),
+        ):
             self._tell_start(log, start, total)
             began, before = time.perf_counter(), progress.seconds
 
@@ -378,7 +384,9 @@ class Session:
             # They finish it also after a signal, as they would not stop at the same image, if they are given the time.
             self._save(method, progress, done, False)
         try:
-            with signals.at_once() if parallel.world() == 1 else nullcontext():
+            # Images of other sizes than crops, each a few times: not worth compiling for.
+            eager = torch.compiler.set_stance("force_eager") if self.config.compile else nullcontext()
+            with eager, signals.at_once() if parallel.world() == 1 else nullcontext():
                 scores = evaluate(net, data.val, data, self.inference, self.device)
         except Interrupted:
             return  # the checkpoint shows that it is lacking
@@ -462,6 +470,27 @@ class Session:
         state = checkpoint.load(self.weights)
         good = f"the last good checkpoint is of step {state['step']}" if state else "there is no checkpoint yet"
         raise InputError(f"{what} not finite at step {bad}; {good}; lower optim.lr or look at these images: {images}.")
+
+
+@contextmanager
+def _compiled(method: Trainable, wanted: bool) -> Iterator[None]:
+    """Compiles the method's networks, at their first forward, if that is wanted.
+
+    Raises:
+        InputError: torch.compile failed in the block, as it does where there is no C++ compiler.
+    """
+    if wanted:
+        method.compile()
+    try:
+        yield
+    except RuntimeError as error:
+        # By name: the module that holds the class takes a second to import, and nearly no run compiles.
+        if not any(kind.__name__ == "TorchDynamoException" for kind in type(error).__mro__):
+            raise
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise InputError(
+            f"train.compile: torch cannot compile this network here ({reason[:200]}): leave it out."
+        ) from error
 
 
 REFRESH = 200

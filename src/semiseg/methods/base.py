@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -13,7 +13,9 @@ from semiseg import parallel
 from semiseg.data.rows import Rows
 from semiseg.data.sampling import Stream
 from semiseg.data.splits import Data
+from semiseg.networks.critic import Critic
 from semiseg.networks.factory import Build, OptimConfig
+from semiseg.networks.net import SegNet, Wrapped
 from semiseg.types import Clock, InferenceConfig, Options, Share, TrainConfig
 
 
@@ -88,6 +90,12 @@ class StepMethod(nn.Module, Method):
     @abstractmethod
     def predictor(self) -> nn.Module:
         """The network that is evaluated and delivered."""
+
+    def compile(self, *options: Any, **more: Any) -> None:
+        """All its networks through torch.compile, in place; they are compiled at their first forward."""
+        for net in self.modules():
+            if isinstance(net, SegNet | Wrapped | Critic):
+                net.compile(*options, **more)
 
     def backward(self, name: str, *terms: tuple[float, Share]) -> list[Tensor]:
         """Adds the gradients of the weighted terms to the weights of optimiser `name`, and to no others.

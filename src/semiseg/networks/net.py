@@ -138,6 +138,11 @@ class SegNet(nn.Module):
             norm.eval()
         return self
 
+    def compile(self, *options: Any, **more: Any) -> None:
+        """Through torch.compile, in place, the parts between padding and resizing; names of weights stay."""
+        self.encoder.compile(*options, **more)
+        self.decoder.compile(*options, **more)
+
     def encode(self, image: Tensor) -> list[Tensor]:
         """(B, N, H, W) -> feature maps (B, ., h, w), finest first, without the image itself."""
         image = self._pad(self.normalise(image))
@@ -220,6 +225,10 @@ class Wrapped(nn.Module):
         self.normalise = Normalise(mean, std)
         self.model = model
         self.classes, self.channels, self.precision = classes, len(mean), precision
+
+    def compile(self, *options: Any, **more: Any) -> None:
+        """The module through torch.compile, in place; names of weights stay."""
+        self.model.compile(*options, **more)
 
     def forward(self, image: Tensor) -> Tensor:
         """(B, N, H, W) uint8, uint16, or floating in 0..1 -> logits (B, C, H, W).
