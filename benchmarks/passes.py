@@ -68,7 +68,7 @@ def least_fixmatch(method: FixMatch, labelled: Labelled, unlabelled: Unlabelled)
     weak, strong = labelled.image, to_float(unlabelled.image)
     images = [torch.cat([to_float(weak), strong])] if method.config.forward == "joint" else [weak, strong]
     teacher = torch.no_grad()(lambda: method.teacher(unlabelled.image))
-    return [teacher, _there_and_back(method.student, images)]
+    return [teacher, *(_there_and_back(method.student, [image]) for image in images)]
 
 
 def least_advsemiseg(
@@ -102,7 +102,8 @@ def least_meanteacher(method: MeanTeacher, labelled: Labelled, unlabelled: Unlab
 def least_cutmixseg(method: CutMixSeg, labelled: Labelled, unlabelled: Unlabelled) -> list[Passes]:
     """Student forward and backward on 2B, apart; teacher's forward on B."""
     images = [labelled.image, to_float(unlabelled.image)]
-    return [torch.no_grad()(lambda: method.teacher(unlabelled.image)), _there_and_back(method.student, images)]
+    students = [_there_and_back(method.student, [image]) for image in images]
+    return [torch.no_grad()(lambda: method.teacher(unlabelled.image)), *students]
 
 
 def least_u2pl(method: U2PL, labelled: Labelled, unlabelled: Unlabelled) -> list[Passes]:
@@ -143,7 +144,8 @@ def least_unimatch(method: UniMatch, labelled: Labelled, unlabelled: Unlabelled)
 def least_unimatchv2(method: UniMatchV2, labelled: Labelled, unlabelled: Unlabelled) -> list[Passes]:
     """Student forward and backward on B and on 2B; teacher's forward on B."""
     images = [labelled.image, torch.cat([to_float(unlabelled.image)] * 2)]
-    return [torch.no_grad()(lambda: method.teacher(unlabelled.image)), _there_and_back(method.student, images)]
+    students = [_there_and_back(method.student, [image]) for image in images]
+    return [torch.no_grad()(lambda: method.teacher(unlabelled.image)), *students]
 
 
 LEAST: dict[str, Callable[..., list[Passes]]] = {

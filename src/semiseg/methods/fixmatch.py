@@ -113,12 +113,17 @@ class FixMatch(StepMethod):
             logits, logits_strong = both.split([len(labelled.image), len(image)])
         else:
             logits = self.student(labelled.image)
+        terms = self.loss(logits, labelled.mask, 0.5)
+        values = []
+        if c.forward == "apart":
+            # Backward before the next forward: half the memory.
+            values, terms = self.backward("student", *terms), []
             with kept_statistics(self.student) if c.statistics == "labelled" else nullcontext():
                 logits_strong = self.student(image)
 
         # Divided by the valid pixels, not by the confident ones: the loss grows with the share that is trusted.
         loss_unlabelled = masked_cross_entropy(logits_strong, label, selected, valid)
-        values = self.update("student", *self.loss(logits, labelled.mask, 0.5), (0.5 * c.weight, loss_unlabelled))
+        values += self.update("student", *terms, (0.5 * c.weight, loss_unlabelled))
         ema_update(self.teacher, self.student, clock.step, c.ema)
         return {
             "loss": values[0],

@@ -87,14 +87,15 @@ class UniMatchV2(StepMethod):
             weak = to_float(unlabelled.image)
             views = [self._view(weak, unlabelled.view(i), unlabelled.partner, label, confident, valid) for i in (0, 1)]
 
-        logits = self.student(labelled.image)
+        # Backward before the next forward, which needs the memory.
+        values = self.backward("student", *self.loss(self.student(labelled.image), labelled.mask, 0.5))
         logits_strong = self._perturbed(torch.cat([view[0] for view in views])).split([len(weak)] * 2)
         # Divided by the valid pixels, not by the confident ones: the loss grows with the share that is trusted.
         terms: list[tuple[float, Share]] = [
             (0.5 * 0.5, masked_cross_entropy(z, label_mixed, confident_mixed, valid_mixed))
             for z, (_, label_mixed, confident_mixed, valid_mixed) in zip(logits_strong, views, strict=True)
         ]
-        values = self.update("student", *self.loss(logits, labelled.mask, 0.5), *terms)
+        values += self.update("student", *terms)
         ema_update(self.teacher, self.student, clock.step, self.config.ema)
         return {
             "loss": values[0],
