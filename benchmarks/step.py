@@ -1,6 +1,6 @@
 """What a training step costs over its least passes: time and peak memory.
 
-    python benchmarks/step.py [RECIPE...] [--device cpu|cuda] [--rounds 15] [--no-memory] [--compile] [--json]
+    python benchmarks/step.py [RECIPE...] [--set KEY=VALUE]... [--device cpu|cuda] [--rounds 15] [--compile] [--json]
 
 The least passes of a method are written down in passes.LEAST, in images: forwards and backwards of its networks and
 nothing else, backward from given gradients of the logits. What the ratio charges for is all the rest of a step:
@@ -163,8 +163,9 @@ def highest() -> float | None:
     return int(lines[0].split()[1]) * 1024 / 1e6 if lines else None
 
 
-def _peak_apart(path: Path, method: str, device: str, side: str) -> float | None:
+def _peak_apart(path: Path, overrides: list[str], method: str, device: str, side: str) -> float | None:
     command = [sys.executable, __file__, str(path), "--peak", side, "--method", method, "--device", device]
+    command += [f"--set={text}" for text in overrides]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise InputError(f"the process that measures memory failed: {done.stderr.strip()}")
@@ -172,9 +173,11 @@ def _peak_apart(path: Path, method: str, device: str, side: str) -> float | None
     return value
 
 
-def measure(path: Path, device: torch.device, rounds: int, memory: bool, compiled: bool) -> list[dict[str, Any]]:
+def measure(
+    path: Path, overrides: list[str], device: torch.device, rounds: int, memory: bool, compiled: bool
+) -> list[dict[str, Any]]:
     """One line of results for labelled-only and one for the recipe's method, if that is another one."""
-    recipe, base = load_recipe(path), path.parent
+    recipe, base = load_recipe(path, overrides), path.parent
     torch.set_num_threads(recipe.train.threads or torch.get_num_threads())
     recipes = {"supervised": of_method(recipe, "supervised", path)} | {recipe.method.name: recipe}
     benches = {name: prepare(one, device, base) for name, one in recipes.items()}
@@ -201,7 +204,7 @@ def measure(path: Path, device: torch.device, rounds: int, memory: bool, compile
         }
         if memory:
             for side in ("whole", "least"):
-                line[f"{side}_mb"] = _peak_apart(path, name, device.type, side)
+                line[f"{side}_mb"] = _peak_apart(path, overrides, name, device.type, side)
             known = line["whole_mb"] is not None
             line["memory_ratio"] = line["whole_mb"] / line["least_mb"] if known else None
         found.append(line)
@@ -247,6 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--device", choices=["cpu", "cuda"], help="else the CPU, and the GPU where there is one")
     options.add_argument("--rounds", type=int, default=15, help="steps that are timed")
     options.add_argument("--no-memory", action="store_true", help="leaves the fresh processes out")
+    options.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as for semiseg train")
     options.add_argument("--compile", action="store_true", help="also times compiled passes, minutes for each")
     options.add_argument("--peak", choices=["whole", "least"], help="only prints one side's peak MB")
     options.add_argument("--method", help="with --peak: the method")
@@ -254,14 +258,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     devices = [given.device] if given.device else ["cpu", "cuda"][: 1 + torch.cuda.is_available()]
     if given.peak:
         path = given.recipes[0]
-        recipe = of_method(load_recipe(path), given.method, path)
+        recipe = of_method(load_recipe(path, given.set), given.method, path)
         torch.set_num_threads(recipe.train.threads or torch.get_num_threads())
         print(json.dumps(peak(recipe, path.parent, torch.device(devices[0]), given.peak)))
         return
     lines = []
     for path in given.recipes:
         for device in devices:
-            lines += measure(path, torch.device(device), given.rounds, not given.no_memory, given.compile)
+            lines += measure(path, given.set, torch.device(device), given.rounds, not given.no_memory, given.compile)
     finish({"steps": lines, "most": {"time": TIME, "memory": MEMORY}}, as_text(lines), given.json)
 
 

@@ -96,6 +96,7 @@ def test_rows_and_files(case: Case) -> None:
         [(1 - int(row["step"]) / 12) ** 0.9 for row in found], rel=1e-5
     )
     assert {f"val_{name}" for name in ("ground", "thing", "rare")} < found[0].keys()
+    assert all(0 <= float(row["waiting"]) <= 1 for row in found)
     files = {path.relative_to(result.folder).as_posix() for path in result.folder.rglob("*") if path.is_file()}
     best = int(state(result.folder)["progress"]["best"]["step"])
     assert files == {

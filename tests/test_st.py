@@ -411,4 +411,5 @@ def test_what_a_run_tells(case: testing.Case, capsys: pytest.CaptureFixture[str]
         sum(stages) + kept["seconds"] + sum(report["seconds"] for report in reports)
     )
     header = (case.folder / "run/all/metrics.csv").read_text(encoding="utf-8").partition("\n")[0].split(",")
-    assert [name for name in header if not name.startswith("val_")] == ["step", "loss", "rate", "images_per_second"]
+    names = ["step", "loss", "rate", "images_per_second", "waiting"]
+    assert [name for name in header if not name.startswith("val_")] == names

@@ -180,7 +180,8 @@ class Result:
         for path in sorted(self.folder.rglob("metrics.csv")):
             with path.open(encoding="utf-8", newline="") as file:
                 rows = [
-                    {k: v for k, v in row.items() if v and k != "images_per_second"} for row in csv.DictReader(file)
+                    {k: v for k, v in row.items() if v and k not in ("images_per_second", "waiting")}
+                    for row in csv.DictReader(file)
                 ]
             found[path.relative_to(self.folder).as_posix()] = rows
         return found

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from semiseg import parallel
-from semiseg.data.loader import Steps, steps
+from semiseg.data.loader import Item, Steps, steps
 from semiseg.data.rows import Rows
 from semiseg.data.sampling import Phase, Stream, Timetable, draws, mix_group
 from semiseg.data.splits import Data
@@ -101,6 +101,20 @@ class _Scalars:
                 sums[name] = total, count
         self.steps.clear()
         return bad, sums
+
+
+class _Waiting(Iterator[Item]):
+    """Items, and the seconds that it took to get them."""
+
+    def __init__(self, items: Iterable[Item]) -> None:
+        self.items, self.seconds = iter(items), 0.0
+
+    def __next__(self) -> Item:
+        begun = time.perf_counter()
+        try:
+            return next(self.items)
+        finally:
+            self.seconds += time.perf_counter() - begun
 
 
 @dataclass(frozen=True)
@@ -279,7 +293,7 @@ class Session:
             skipped: dict[str, str] = {}
             images, since = 0, time.perf_counter()
             dataset = Steps(streams, timetable, data, c.seed, rank, world)
-            loader = steps(dataset, start, c.workers, self.device.type == "cuda")
+            loader = _Waiting(steps(dataset, start, c.workers, self.device.type == "cuda"))
             for step, item in enumerate(loader, start):
                 clock = Clock(step, total, timetable.progress(step))
                 rate = method.schedule.rate(clock.progress) * timetable.rate(step)
@@ -312,10 +326,12 @@ class Session:
                             progress.skipped[path] = reason
                             log.line(f"skipped an unlabelled image: {reason}")
                     values = told.means()
-                    speed = world * images / (time.perf_counter() - since)
-                    log.row(step, {**values, "rate": rate, "images_per_second": speed})
+                    seconds = time.perf_counter() - since
+                    speed = world * images / seconds
+                    bare = {"rate": rate, "images_per_second": speed, "waiting": loader.seconds / seconds}
+                    log.row(step, {**values, **bare})
                     log.progress(step, values, speed)
-                    skipped, images, since = {}, 0, time.perf_counter()
+                    skipped, images, since, loader.seconds = {}, 0, time.perf_counter(), 0.0
                     if evaluating:
                         self._evaluate(method, data, done, progress, log, signals)
                         since = time.perf_counter()
