@@ -87,8 +87,8 @@ def least_advsemiseg(
 
     deceived = [maps(1).requires_grad_() for _ in images]
     return [
-        _there_and_back(method.student, images),
-        _there_and_back(method.critic, deceived, of_inputs=True),
+        *(_there_and_back(method.student, [image]) for image in images),
+        *(_there_and_back(method.critic, [probs], of_inputs=True) for probs in deceived),
         _there_and_back(method.critic, [maps(more + 1)]),
     ]
 

@@ -32,10 +32,14 @@ class Watched(AdvSemiSeg):
         self.depends: dict[str, list[set[str]]] = {}
         self.grads: dict[str, dict[str, Tensor | None]] = {}
 
+    def step(self, clock: Clock, **batches: Any) -> dict[str, Tensor]:  # type: ignore[override]
+        self.weights.clear()
+        return super().step(clock, **batches)
+
     def backward(self, name: str, *terms: tuple[float, Share]) -> list[Tensor]:
-        self.weights[name] = [weight for weight, _ in terms]
+        self.weights.setdefault(name, []).extend(weight for weight, _ in terms)
         if self.asks:
-            self.depends[name] = [self._depends(share.total) for _, share in terms]
+            self.depends.setdefault(name, []).extend(self._depends(share.total) for _, share in terms)
         values = super().backward(name, *terms)
         self.grads[name] = {n: None if p.grad is None else p.grad.clone() for n, p in self.named_parameters()}
         return values

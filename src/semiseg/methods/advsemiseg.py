@@ -32,7 +32,7 @@ from semiseg.networks.critic import Kind
 from semiseg.networks.factory import Build
 from semiseg.ops.losses import binary_cross_entropy, cross_entropy
 from semiseg.ops.pseudo import one_hot, winner
-from semiseg.types import IGNORE, Clock, InputError, Labelled, Options, Portion, Unlabelled
+from semiseg.types import IGNORE, Clock, InputError, Labelled, Options, Portion, Share, Unlabelled
 
 Weight = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
@@ -105,7 +105,11 @@ class AdvSemiSeg(StepMethod):
         logits = self.student(labelled.image)
         probs, known = logits.softmax(1), labelled.mask != IGNORE
         answer = self.critic(probs)
-        terms = {"loss_adv": (c.lambda_adv, binary_cross_entropy(answer, MASK, known))}
+        adversarial = binary_cross_entropy(answer, MASK, known)
+        # Backward before the next forward: half the memory.
+        values = self.backward("student", *self.loss(logits, labelled.mask), (c.lambda_adv, adversarial))
+        losses = {"loss": values[0], "loss_adv": values[-1]}
+        terms: dict[str, tuple[float, Share]] = {}
         scalars = _judged(labelled.mask, probs, self._believed(answer), known)
         predictions, seen = [probs.detach()], [known]
 
@@ -115,17 +119,16 @@ class AdvSemiSeg(StepMethod):
             answer_u = self.critic(probs_u)
             selected = self._believed(answer_u) & unlabelled.valid
             label = winner(probs_u).masked_fill(~selected, IGNORE)
-            adversarial = _or(c.lambda_adv_unlabelled, 0.001) * (clock.progress >= c.adv_start)
+            weight = _or(c.lambda_adv_unlabelled, 0.001) * (clock.progress >= c.adv_start)
             semi = _or(c.lambda_semi, 0.1) * (clock.progress >= c.semi_start)
-            terms["loss_adv_unlabelled"] = (adversarial, binary_cross_entropy(answer_u, MASK, unlabelled.valid))
+            terms["loss_adv_unlabelled"] = (weight, binary_cross_entropy(answer_u, MASK, unlabelled.valid))
             terms["loss_semi"] = (semi, cross_entropy(logits_u, label))
             scalars["selected"] = selected.sum() / unlabelled.valid.sum()
             if c.critic_unlabelled:
                 predictions.append(probs_u.detach())
                 seen.append(unlabelled.valid)
 
-        values = self.update("student", *self.loss(logits, labelled.mask), *terms.values())
-        losses = {"loss": values[0], **dict(zip(terms, values[-len(terms) :], strict=True))}
+        losses |= dict(zip(terms, self.update("student", *terms.values()), strict=True))
         # The critic learns from what the network predicted before this update.
         return losses | self._teach_critic(torch.cat(predictions), torch.cat(seen), real.mask) | scalars
 

@@ -105,6 +105,8 @@ class StepMethod(nn.Module, Method):
         Returns:
             the value of each term, before its weight, detached; its mean over the processes is the loss.
         """
+        if not terms:
+            return []
         shares = [share for _, share in terms]
         sums = parallel.shared_sum([c for s in shares for c in (s.count, s.count if s.over is None else s.over)])
         values = []
@@ -116,7 +118,7 @@ class StepMethod(nn.Module, Method):
         return [value.detach() * parallel.world() for value in values]
 
     def update(self, name: str, *terms: tuple[float, Share]) -> list[Tensor]:
-        """`backward`, then one step of optimiser `name` on the gradients of all processes."""
+        """`backward` of the last terms, then one step of optimiser `name` on the gradients of all processes."""
         with parallel.summed_gradients(self._weights(name)):
             values = self.backward(name, *terms)
         if self.build.optim.clip is not None:
