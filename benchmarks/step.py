@@ -7,8 +7,8 @@ nothing else, backward from given gradients of the logits. What the ratio charge
 transfer, photometry, targets, losses and their gradients, optimiser, teacher. Both sides run in the recipe's precision
 and memory layout, with random images in its shapes, and take turns in one process; times are medians. Peak memory is
 that of a fresh process for each side. No data is opened. For each recipe labelled-only stands beside its method. A last
-table has the same passes in both precisions and layouts, and with --compile through torch.compile, in brackets the
-seconds until it has compiled.
+table has the same passes in both precisions and layouts, and with --compile the recipe's own through torch.compile, in
+brackets the seconds until they had run once.
 """
 
 import json
@@ -122,21 +122,23 @@ def breakdown(bench: Bench, rounds: int) -> dict[str, float]:
 
 
 def by_option(recipe: Recipe, base: Path, device: torch.device, rounds: int, compiled: bool) -> list[dict[str, Any]]:
-    """The least passes in every precision and layout, and compiled: ms, and seconds until they have first run."""
-    functions, benches, first = {}, {}, {}
-    for compile_ in (False, True)[: 1 + compiled]:
-        for precision in ("fp32", "bf16"):
-            for last in (False, True):
-                texts = {"precision": precision, "channels_last": last, "compile": compile_}
-                overrides = [f"train.{key}={str(value).lower()}" for key, value in texts.items()]
-                bench = prepare(parse(override(recipe.dump(), overrides), base), device, base)
-                name = precision + " channels_last" * last + " compiled" * compile_
-                benches[name], functions[name] = bench, bench.least()
-                begun = time.perf_counter()
-                functions[name]()
-                bench.wait()
-                first[name] = time.perf_counter() - begun
-    times = take_turns(functions, next(iter(benches.values())).wait, rounds)
+    """The least passes in every precision and layout, and the recipe's own compiled: ms, and s until they first ran."""
+    options = [(precision, last, False) for precision in ("fp32", "bf16") for last in (False, True)]
+    if compiled:
+        options.append((recipe.train.precision, recipe.train.channels_last, True))
+    functions, first, wait = {}, {}, None
+    for precision, last, compile_ in options:
+        values = {"precision": precision, "channels_last": last, "compile": compile_}
+        texts = [f"train.{key}={str(value).lower()}" for key, value in values.items()]
+        bench = prepare(parse(override(recipe.dump(), texts), base), device, base)
+        name = "compiled" if compile_ else precision + " channels_last" * last
+        functions[name], wait = bench.least(), bench.wait
+        begun = time.perf_counter()
+        functions[name]()
+        wait()
+        first[name] = time.perf_counter() - begun
+    assert wait is not None
+    times = take_turns(functions, wait, rounds)
     return [{"option": name, "ms": 1e3 * float(np.median(t)), "first_s": first[name]} for name, t in times.items()]
 
 
@@ -239,7 +241,7 @@ def as_text(lines: list[dict[str, Any]]) -> str:
     passes = [["ms of the least passes", *names]]
     for x in lines:
         found = {option["option"]: option for option in x["options"]}
-        cells = [f"{found[n]['ms']:.1f}" + f" ({found[n]['first_s']:.0f} s)" * ("compiled" in n) for n in names]
+        cells = [f"{found[n]['ms']:.1f}" + f" ({found[n]['first_s']:.0f} s)" * (n == "compiled") for n in names]
         passes.append([f"{x['method']}, {x['device']}", *cells])
     return f"{table(rows)}\n\n{table(costs)}\n\n{table(passes)}"
 
@@ -251,7 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--rounds", type=int, default=15, help="steps that are timed")
     options.add_argument("--no-memory", action="store_true", help="leaves the fresh processes out")
     options.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as for semiseg train")
-    options.add_argument("--compile", action="store_true", help="also times compiled passes, minutes for each")
+    options.add_argument("--compile", action="store_true", help="also times compiled passes, after minutes")
     options.add_argument("--peak", choices=["whole", "least"], help="only prints one side's peak MB")
     options.add_argument("--method", help="with --peak: the method")
     given = options.parse_args(arguments)
