@@ -276,22 +276,24 @@ STEP = "a step of 5 trainings, 5 labelled-only ones and the last one, timed here
 
 
 @pytest.mark.parametrize(
-    ("hours", "steps", "save_every", "reason"),
+    ("hours", "steps", "save_every", "ema", "reason"),
     [
-        (10, 1472, 29, f"10 h: {STEP}"),
-        (0.5, 100, 10, f"the fewest that make sense, longer than 0.5 h: {STEP}"),
-        (1000, 40_000, 800, f"more are rarely of use, although 1000 h have room for 147272: {STEP}"),
+        (10, 1472, 29, 0.986, f"10 h: {STEP}"),
+        (0.5, 100, 10, 0.8, f"the fewest that make sense, longer than 0.5 h: {STEP}"),
+        (1000, 40_000, 800, 0.99, f"more are rarely of use, although 1000 h have room for 147272: {STEP}"),
     ],
 )
 def test_steps(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hours: float, steps: int, save_every: int, reason: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hours: float, steps: int, save_every: int, ema: float, reason: str
 ) -> None:
-    """A tenth of the time is left for what is not training."""
+    """A tenth of the time is left for what is not training; the teacher of a short run remembers less."""
     timed: list[Any] = []
     monkeypatch.setattr(module, "_time_steps", lambda recipe: timed.append(recipe) or 2.0)
     recipe, reasons = planned(folder(tmp_path / "set"), hours)
     assert (recipe.train.steps, recipe.train.save_every, reasons["train.steps"]) == (steps, save_every, reason)
-    assert timed[0].model_copy(update={"train": recipe.train}) == recipe, "what is timed is what is proposed"
+    assert getattr(recipe.method.options, "ema") == ema  # noqa: B009 - those of a method are its own
+    same = {"train": recipe.train, "method": recipe.method}
+    assert timed[0].model_copy(update=same) == recipe, "what is timed is what is proposed"
 
 
 @pytest.mark.parametrize("hours", [0, -1, float("nan")])

@@ -32,6 +32,8 @@ FEW_MASKS = 200
 CELL = 4
 """Px a side of a decoder's cell (stride 4): an object below it is lost, and one of two cells is seen well."""
 FEWEST_STEPS, MOST_STEPS = 100, 40_000
+TEACHER = 1 / 20
+"""At most this share of a run is what an EMA teacher averages over."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,9 @@ def plan(folder: Path, hours: float | None = 1.0) -> str:
         elif fitting > steps:
             why = f"more are rarely of use, although {hours:g} h have room for {fitting}: {timed}"
         lines["train"]["steps"] = (steps, why)
+        teacher, decay = recipe.method.options, round(1 - 1 / (TEACHER * steps), 3)
+        if decay < getattr(teacher, "ema", 0):
+            lines["method"]["ema"] = (decay, "the teacher is the mean of about a twentieth of so short a run")
         lines["train"]["save_every"] = (max(10, steps // 50), "steps between checkpoints: what a power cut may cost")
     return _yaml(folder, data, survey, lines)
 
