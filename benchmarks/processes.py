@@ -3,7 +3,9 @@
     python benchmarks/processes.py [RECIPE] [--processes 2] [--steps 30] [--json]
 
 Both are whole runs of `semiseg train`, the second by torchrun; the speed is the median of metrics.csv's images/s over
-intervals of 5 steps, the first two left out. The processes divide the batch of the recipe.
+intervals of 5 steps, the first two left out. The processes divide the batch of the recipe. A third row has as many runs
+at the same time that know nothing of each other, each with its share of the batch: more than they make together the
+machine does not give.
 """
 
 import csv
@@ -12,12 +14,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from common import DEFAULT, finish, parser, run_script, table
 
+from semiseg.config import load_recipe
 from semiseg.types import InputError
 
 LEAST = 0.9
@@ -25,7 +29,7 @@ LEAST = 0.9
 EVERY = 5
 
 
-def speed(recipe: Path, processes: int, steps: int, folder: Path) -> float:
+def speed(recipe: Path, processes: int, steps: int, folder: Path, *more: str) -> float:
     """Images/s of a run.
 
     Raises:
@@ -33,6 +37,7 @@ def speed(recipe: Path, processes: int, steps: int, folder: Path) -> float:
     """
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     options = [f"train.steps={steps}", "train.threads=1", f"train.log_every={EVERY}", "train.evaluations=1"]
+    options += ["baseline=false", *more]
     command = [sys.executable, *(launch if processes > 1 else []), "-m", "semiseg", "train", str(recipe)]
     done = subprocess.run([*command, "--out", str(folder), *options], capture_output=True, text=True, check=False)
     if done.returncode:
@@ -46,6 +51,14 @@ def speed(recipe: Path, processes: int, steps: int, folder: Path) -> float:
     return median(speeds[2:])
 
 
+def apart(recipe: Path, runs: int, steps: int, place: Path) -> float:
+    """Images/s of several runs of one process together, each with its share of the batch."""
+    batch = load_recipe(recipe).train.batch // runs
+    with ThreadPoolExecutor(runs) as pool:
+        each = [pool.submit(speed, recipe, 1, steps, place / str(i), f"train.batch={batch}") for i in range(runs)]
+        return sum(one.result() for one in each)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parser(__doc__)
     options.add_argument("recipe", nargs="?", type=Path, default=DEFAULT, metavar="RECIPE")
@@ -55,11 +68,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.steps < 3 * EVERY:
         raise InputError(f"--steps {given.steps} leaves nothing to measure: take {3 * EVERY} or more.")
     with tempfile.TemporaryDirectory() as place:
-        speeds = {n: speed(given.recipe, n, given.steps, Path(place, str(n))) for n in (1, given.processes)}
-    ratio = speeds[given.processes] / speeds[1]
+        speeds = {str(n): speed(given.recipe, n, given.steps, Path(place, str(n))) for n in (1, given.processes)}
+        limit = apart(given.recipe, given.processes, given.steps, Path(place, "apart"))
+    ratio = speeds[str(given.processes)] / speeds["1"]
+    speeds[f"{given.processes} runs apart"] = limit
     result: dict[str, Any] = {"recipe": given.recipe.stem, "images_per_second": speeds, "ratio": ratio}
     head = ["recipe", "processes", "images/s", f"ratio (>= {LEAST * given.processes:g})"]
-    rows = [[given.recipe.stem, str(n), f"{value:.1f}", f"{value / speeds[1]:.2f}"] for n, value in speeds.items()]
+    rows = [[given.recipe.stem, n, f"{value:.1f}", f"{value / speeds['1']:.2f}"] for n, value in speeds.items()]
     finish(result, table([head, *rows]), given.json)
 
 

@@ -665,6 +665,7 @@ def test_tenths_by_hand() -> None:
 def test_processes_are_measured(recipe: Write, capsys: pytest.CaptureFixture[str]) -> None:
     processes.main([str(recipe(train__batch=8)), "--steps", "15", "--json"])
     found = printed(capsys)
+    assert found["images_per_second"].keys() == {"1", "2", "2 runs apart"}
     assert found["ratio"] == pytest.approx(found["images_per_second"]["2"] / found["images_per_second"]["1"])
     with pytest.raises(InputError, match="--steps 14 leaves nothing"):
         processes.main(["--steps", "14"])
