@@ -35,6 +35,7 @@ from semiseg.engine.checkpoint import load_weights
 from semiseg.engine.evaluate import ahead, to_tensor
 from semiseg.files import write_json
 from semiseg.methods import U2PL
+from semiseg.methods.u2pl import ranks_of
 from semiseg.ops.contrast import candidates
 from semiseg.ops.partition import entropy, histogram, threshold
 from semiseg.ops.pseudo import winner
@@ -65,7 +66,7 @@ class Taught:
         seen = list(ahead(lambda row: self._look(method, row, data), rows, threads=1))
         self.masks, self.labels, self.nats, self.probs, valid = (torch.cat(p) for p in zip(*seen, strict=True))
         share = 1 - (method.config.alpha or 20) / 100
-        self.classes, self.ranks = len(data.classes), method.ranks
+        self.classes, self.ranks = len(data.classes), ranks_of(method.config, len(data.classes))
         self.limit = threshold(histogram(self.nats, valid, self.classes), share, self.classes)
 
     @staticmethod

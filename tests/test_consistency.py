@@ -287,14 +287,14 @@ def slow_mean_teacher(method: MeanTeacher, labelled: Labelled, unlabelled: Unlab
 def slow_cutmixseg(method: CutMixSeg, labelled: Labelled, unlabelled: Unlabelled) -> dict[str, float]:
     c, student, teacher = method.config, copy.deepcopy(method.student), copy.deepcopy(method.teacher)
     box, valid, image = slow_box(unlabelled, c.area), unlabelled.valid.numpy(), unlabelled.image.numpy()
-    probs = slow_softmax(teacher(unlabelled.image))
+    probs, seen = slow_softmax(teacher(unlabelled.image)), np.ones_like(valid)
     if c.mask == "cutmix":
         image, valid, probs = (slow_mix(box, unlabelled.partner, what) for what in (image, valid, probs))
     else:
         mean = student.normalise.mean.numpy()
-        image, valid = np.where(box[:, None], mean, image), valid & ~box
+        image, seen = np.where(box[:, None], mean, image), ~box
     difference = (slow_softmax(student(torch.from_numpy(image))) - probs) ** 2
-    pixels = [(difference[i, :, r, c].sum(), probs[i, :, r, c].max()) for i, r, c in np.argwhere(valid)]
+    pixels = [(difference[i, :, r, c].sum() * seen[i, r, c], probs[i, :, r, c].max()) for i, r, c in np.argwhere(valid)]
     share = float(np.mean([sure >= c.threshold for _, sure in pixels]))
     consistency = float(np.mean([d for d, _ in pixels]))
     if c.confidence == "batch":

@@ -127,6 +127,9 @@ SPY = textwrap.dedent("""
             self.positive.copy_(contrast.call_args.args[1])
             used = parallel.added(share.count)
             self.told.copy_(torch.stack([parallel.added(share.total) / used, used]))
+            parts = (self.bank.keys, self.bank.fill, self.bank.next)
+            queues = b"".join(part.numpy().tobytes() for part in parts)
+            assert len(set(parallel.gather(queues))) == 1, "every process holds the same queues"
             return share, scalars
 """)
 ROOM = 4096

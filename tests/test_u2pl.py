@@ -383,11 +383,31 @@ class Waits(TorchDispatchMode):
         self.found: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(
-            name in str(func) for name in ("_local_scalar_dense", "nonzero", "aten.equal", "masked_select", "unique")
-        ):
+        sizes = ("nonzero", "masked_select", "unique", "bincount", "repeat_interleave")
+        waits = any(name in str(func) for name in ("_local_scalar_dense", "aten.equal", *sizes))
+        if "aten.index" in str(func):  # a mask as index has to be counted
+            places = args[1] if isinstance(args[1], list | tuple) else ()
+            waits |= any(isinstance(place, Tensor) and place.dtype in (torch.bool, torch.uint8) for place in places)
+        if waits:
             self.found.append(str(func))
         return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x[x > 0],
+        lambda x: x.index_put_((x > 0,), torch.zeros(())),
+        lambda x: x.nonzero(),
+        lambda x: x.sum().item(),
+        lambda x: torch.bincount(x.long()),
+        lambda x: x.repeat_interleave(x.long()),
+    ],
+)
+def test_what_waits_is_noted(wait: Any) -> None:
+    with Waits() as waits:
+        wait(torch.ones(3))
+    assert waits.found
 
 
 @pytest.mark.parametrize("kind", ["cutmix", "classmix", "cutout"])
@@ -464,6 +484,16 @@ def test_anchors_within_half_the_memory(monkeypatch: pytest.MonkeyPatch) -> None
 def test_of_few_classes_no_high_rank() -> None:
     with pytest.raises(InputError, match=r"^method\.rank_low is 3, but 2 classes have ranks 0 to 1: set it lower\."):
         made(2, rank_low=3)
+    made(2, rank_low=3, weight=0)
+    with pytest.raises(InputError, match=r"^method\.weight: .* needs two classes, the data has one: set it to 0\."):
+        made(1)
+    made(1, weight=0)
+
+
+def test_features_too_wide_for_any_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Build, "memory", lambda _: 10e6)
+    with pytest.raises(InputError, match=r"^method\.queue: .* more than half the memory: lower method\.width\.$"):
+        made(width=10**6)
 
 
 # ---- the whole step, slowly ------------------------------------------------------------------------------------------

@@ -80,24 +80,26 @@ class CutMixSeg(StepMethod):
             box = cutmix_box(u, (image.shape[2], image.shape[3]), c.area, 1.0)
             if c.mask == "cutmix":
                 image, probs, valid = mix(box, unlabelled.partner, image, probs, valid)
+                pixels = valid
             else:
                 mean = self.student.normalise.mean.to(image.dtype)
-                image, valid = torch.where(box.unsqueeze(1), mean, image), valid & ~box
-            confident = valid & (probs.amax(1) >= c.threshold)
+                image, valid, pixels = torch.where(box.unsqueeze(1), mean, image), valid & ~box, valid
+            confident = pixels & (probs.amax(1) >= c.threshold)
 
         # Backward before the next forward: half the memory.
         values = self.backward("student", *self.loss(self.student(labelled.image), labelled.mask))
-        distance = squared_difference(self.student(image), probs, confident if c.confidence == "pixel" else valid)
-        if c.confidence == "batch":
-            distance = Share(distance.total, distance.count, confident.sum())
-        elif c.confidence == "pixel":  # over all pixels: few confident ones make a small loss
-            distance = Share(distance.total, valid.sum().to(distance.total.dtype))
+        distance = squared_difference(
+            self.student(image), probs, confident & valid if c.confidence == "pixel" else valid
+        )
+        # Over all pixels, those that do not count too: few confident ones make a small loss.
+        count, over = pixels.sum().to(distance.total.dtype), confident.sum() if c.confidence == "batch" else None
+        distance = Share(distance.total, count, over)
         values += self.update("student", (c.weight * ramped(clock.progress, c.ramp), distance))
         ema_update(self.teacher, self.student, clock.step, c.ema)
         return {
             "loss": values[0],
             "loss_consistency": values[-1],
-            "confident": confident.sum() / valid.sum(),
+            "confident": confident.sum() / pixels.sum(),
         }
 
     def predictor(self) -> nn.Module:

@@ -138,8 +138,8 @@ class U2PL(StepMethod):
     def __init__(self, config: Config, build: Build) -> None:
         super().__init__()
         self.config, self.build = config, build
-        self.ranks = _ranks(config, build.classes)
         if config.weight:
+            self.ranks = ranks_of(config, build.classes)
             _check_sizes(config, build)
         self.student = build.projected(config.width, config.weight > 0, config.auxiliary > 0)
         self.teacher = make_teacher(self.student)
@@ -310,8 +310,10 @@ def _named(name: str, terms: Sequence[tuple[float, Share]]) -> list[Term]:
     return [(name if i == 0 else "", weight, share) for i, (weight, share) in enumerate(terms)]
 
 
-def _ranks(config: U2PL.Config, classes: int) -> tuple[int, int]:
+def ranks_of(config: U2PL.Config, classes: int) -> tuple[int, int]:
     """Ranks (low, high) of the classes of which an unreliable pixel is a negative."""
+    if classes < 2:
+        raise InputError("method.weight: the contrastive loss needs two classes, the data has one: set it to 0.")
     low = min(3, max(1, classes // 4)) if config.rank_low is None else config.rank_low
     high = min(20, classes) if config.rank_high is None else config.rank_high
     if low >= classes:
@@ -338,10 +340,12 @@ def _check_sizes(config: U2PL.Config, build: Build) -> None:
     half = build.memory() / 2
     largest = max(config.queue, config.queue_first)
     key = 2 * build.classes * config.width
+    most = int(half / key)
     if key * largest > half:
         raise InputError(
             f"method.queue: {build.classes} queues of up to {largest} keys with method.width={config.width} need "
-            f"more than half the memory: set queue and queue_first to {int(half / key)} at most."
+            f"more than half the memory: "
+            + (f"set queue and queue_first to {most} at most." if most >= config.push else "lower method.width.")
         )
     # Similarities and their gradients, the drawn negatives twice with their positions.
     each = 4 * build.classes * (2 * POOL + 2 * config.width + 5 * config.keys)
