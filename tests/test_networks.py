@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import socket
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -423,9 +424,20 @@ def test_without_a_connection_weights_are_random_and_said_to_be(monkeypatch: pyt
 
 
 def test_a_connection_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the socket's timeout or by ours, whichever comes first; by ours where names are looked up for ever."""
     monkeypatch.setattr(factory, "_PROBE_SECONDS", 0.2)
-    with socket.create_server(("127.0.0.1", 0)) as server, pytest.raises(TimeoutError):
+    with socket.create_server(("127.0.0.1", 0)) as server, pytest.raises(OSError, match=r"127\.0\.0\.1"):
         factory._probe(f"http://127.0.0.1:{server.getsockname()[1]}")
+    done = threading.Event()
+
+    def hang(*_: object, **__: object) -> None:
+        done.wait()
+        raise OSError
+
+    monkeypatch.setattr(factory.urllib.request, "urlopen", hang)
+    with pytest.raises(TimeoutError, match=r"no answer from http://nowhere in 0\.2 s"):
+        factory._probe("http://nowhere")
+    done.set()
 
 
 def test_weights_in_timms_cache_need_no_connection(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
