@@ -39,7 +39,8 @@ labelled-only, of what all masks gain, over the seeds that all three have; its i
 where the gap itself cannot be told from zero.
 
 Networks and images are small and runs take minutes on two CPU cores. That tells methods apart on equal terms; it is
-not what a data set can give, and does not compare with the numbers of papers.
+not what a data set can give, and does not compare with the numbers of papers. Minutes are those of runs that often
+shared the machine with others: how fast methods are beside each other stands on the page about [speed](speed.md).
 """
 
 
