@@ -49,7 +49,7 @@ def work(jobs: list[Job], results: Path, subsets: dict[str, str], minutes: float
 def _run(job: Job, results: Path, seconds: float | None) -> bool:
     """Trains and appends the row; False where the time did not suffice."""
     folder = job.folder(read_csv(results))
-    if not train(job.path, folder, job.overrides(job.seed), seconds):
+    if not train(job.path, folder, job.options, seconds):
         return False
     rows = read_csv(results)  # anew: another queue may have added its own
     row = job.row(rows)

@@ -63,18 +63,20 @@ def method_hash(name: str) -> str:
 
 @dataclass(frozen=True)
 class Job:
-    """One recipe with one seed, which is that of the run and that of the draw of the labels."""
+    """One recipe with one seed, which is that of the run and that of the draw of the labels, and other options."""
 
     path: Path
     seed: int
     runs: Path
     recipe: Recipe
     method_hash: str
+    options: tuple[str, ...]
 
     @classmethod
-    def of(cls, path: Path, seed: int, runs: Path) -> "Job":
-        recipe = load_recipe(path, cls.overrides(seed))
-        return cls(path, seed, runs, recipe, method_hash(recipe.method.name))
+    def of(cls, path: Path, seed: int, runs: Path, texts: Sequence[str] = ()) -> "Job":
+        options = (*cls.overrides(seed), *texts)
+        recipe = load_recipe(path, options)
+        return cls(path, seed, runs, recipe, method_hash(recipe.method.name), options)
 
     @staticmethod
     def overrides(seed: int) -> list[str]:

@@ -29,8 +29,8 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-import yaml
-from accuracy import seeds_of, work
+from accuracy import seeds_of
+from arms import jobs_of, trained
 from common import HERE, ROOT, build_method, finish, parser, read_csv, run_script, table
 from ledger import Job
 from passes import Bench, batches_of, random_data
@@ -43,7 +43,6 @@ from semiseg.data.loader import Steps, steps
 from semiseg.data.sampling import Phase, Timetable
 from semiseg.data.splits import Data, load_data
 from semiseg.engine.schedule import scheduled
-from semiseg.files import write_text
 from semiseg.methods import StepMethod
 from semiseg.types import InputError, Schedule
 
@@ -110,22 +109,15 @@ def with_reading(recipe: Recipe, base: Path, count: int) -> dict[Schedule, dict[
     return {name: line | {"ratio": found["baseline"]["ms"] / line["ms"]} for name, line in found.items()}
 
 
-def trained(recipe: Recipe, schedule: Schedule, name: str, seeds: Sequence[int], runs: Path) -> dict[str, Any]:
+def compared_by_training(
+    path: Path, texts: Sequence[str], schedule: Schedule, seeds: Sequence[int], runs: Path
+) -> dict[str, Any]:
     """Trains what the results in `runs` lack, and compares the schedule with the baseline, paired over the seeds."""
-    results, arms, jobs = runs / "results.csv", {}, []
-    for which in ("baseline", schedule):
-        path = runs / f"{name}-{which}.yaml"
-        write_text(path, yaml.safe_dump(with_schedule(recipe, which).dump(), sort_keys=False))
-        jobs += [Job.of(path, seed, runs) for seed in seeds]
-    left, failed = work(sorted(jobs, key=lambda job: job.seed), results, {}, None)
-    if failed or left:
-        raise InputError(f"runs are missing: {' '.join(failed)}")
-    rows = read_csv(results)
-    minutes = {}
-    for which in ("baseline", schedule):
-        mine = [job for job in jobs if job.recipe.train.schedule == which]
-        arms[which] = {job.seed: next(row for row in rows if job.stands(row)) for job in mine}
-        minutes[which] = [(job, float(arms[which][job.seed]["minutes"])) for job in mine]
+    jobs = jobs_of(
+        {which: (path, [*texts, f"train.schedule={which}"]) for which in ("baseline", schedule)}, seeds, runs
+    )
+    arms, rows = trained(jobs, runs), read_csv(runs / "results.csv")
+    minutes = {which: [(job, float(arms[which][job.seed]["minutes"])) for job in some] for which, some in jobs.items()}
     goals = [val_of(job, rows)[-1][1] for job, _ in minutes["baseline"]]
     reached = {which: [_minutes(job, total, goal, rows) for (job, total), goal in zip(some, goals, strict=True)]
                for which, some in minutes.items()}  # fmt: skip
@@ -203,7 +195,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "train": recipe.train.model_dump(mode="json"),
         "passes": in_passes(recipe, base, given.rounds),
         "reading": with_reading(recipe, base, given.steps) if given.steps else None,
-        "trained": trained(recipe, given.schedule, given.recipe.stem, given.seeds, given.runs) if given.train else None,
+        "trained": compared_by_training(given.recipe, texts, given.schedule, given.seeds, given.runs)
+        if given.train
+        else None,
         "least": LEAST,
     }
     finish(result, as_text(result), given.json)

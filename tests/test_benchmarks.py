@@ -33,8 +33,8 @@ common, passes, step, data, ledger, summary, accuracy = map(
 mechanism, critic, partition, contrast, centroids, processes = map(
     import_module, ("mechanism", "critic", "partition", "contrast", "centroids", "processes")
 )
-labelling, schedule, pseudolabels, pool, results = map(
-    import_module, ("labelling", "schedule", "pseudolabels", "pool", "results")
+labelling, schedule, pseudolabels, pool, results, arms = map(
+    import_module, ("labelling", "schedule", "pseudolabels", "pool", "results", "arms")
 )
 
 Write = Callable[..., Path]
@@ -602,21 +602,84 @@ def test_a_schedule_is_trained_and_compared(
     quick = accuracy.train
 
     def train(path: Path, folder: Path, overrides: list[str], seconds: float | None) -> bool:
-        first = 0.2 if load_recipe(path).train.schedule == "baseline" else 0.5
+        first = 0.2 if load_recipe(path, overrides).train.schedule == "baseline" else 0.5
         common.write_csv(
             folder / "metrics.csv", [{"step": "0", "val_miou": str(first)}, {"step": "1", "val_miou": "0.4"}]
         )
         return bool(quick(path, folder, overrides, seconds))
 
     monkeypatch.setattr(accuracy, "train", train)
-    one = load_recipe(recipe(method="supervised"))
-    found = schedule.trained(one, "coarse2fine+", "one", [0, 1], tmp_path / "runs")
-    assert trained == [(f"one-{which}", seed) for seed in (0, 1) for which in ("baseline", "coarse2fine+")]
+    given = (recipe(method="supervised"), ["optim.lr=0.1"], "coarse2fine+", [0, 1], tmp_path / "runs")
+    found = schedule.compared_by_training(*given)
+    assert trained == [("tiny", seed) for seed in (0, 0, 1, 1)]
     assert (found["pairs"], found["difference"], found["interval"]) == (2, 0, (0, 0))
     assert found["minutes"] == {"baseline": 1, "coarse2fine+": 1}
     assert found["minutes_to_goal"] == {"baseline": [1, 1], "coarse2fine+": [0.5, 0.5]}
-    schedule.trained(one, "coarse2fine+", "one", [0, 1], tmp_path / "runs")
+    schedule.compared_by_training(*given)
     assert len(trained) == 4
+
+
+# ---- arms.py
+
+
+@pytest.fixture
+def compare_arms(recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    monkeypatch.setattr(arms, "LEDGER", tmp_path / "results.csv")
+
+    def call(*arguments: str) -> None:
+        path = str(recipe())
+        two = ["--arm", "one", path, "--arm", "other", path, "optim.lr=0.1", "data.split_seed={seed}"]
+        arms.main([*two, "--seeds", "0-1", "--runs", str(tmp_path / "arms"), *arguments])
+
+    return call
+
+
+def test_arms_are_trained_and_compared(
+    compare_arms: Callable[..., None], trained: list[tuple[str, int]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    compare_arms("--group", "two=sky,ground", "--json")
+    one, other = printed(capsys)["arms"]
+    assert trained == [("tiny", seed) for seed in (0, 0, 1, 1)]
+    assert (one["arm"], other["arm"], other["difference"], other["pairs"]) == ("one", "other", 0, 2)
+    assert one["miou"].keys() == {"0", "1"}
+    first, second = (one["per_class"][name] for name in ("sky", "ground"))
+    assert one["groups"]["two"]["0"] == pytest.approx((first + second) / 2)
+    compare_arms()
+    told = capsys.readouterr().out
+    assert len(trained) == 4
+    assert "| other " in told
+    assert "| +0.00 " in told
+
+
+def test_arms_take_rows_of_the_ledger(
+    compare_arms: Callable[..., None], recipe: Write, trained: list[tuple[str, int]], run_queue: Callable[..., int]
+) -> None:
+    run_queue(recipe(), "--seeds", "0-1")
+    trained.clear()
+    compare_arms()
+    assert trained == [("tiny", 0), ("tiny", 1)]
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--group", "two"], "two is not of the form NAME=CLASS,CLASS"),
+        (["--arm", "third"], "--arm third lacks its recipe"),
+        (["--arm", "one", "x.yaml"], "two arms have the same name"),
+    ],
+)
+def test_arms_that_mean_nothing(
+    compare_arms: Callable[..., None], capsys: pytest.CaptureFixture[str], more: list[str], told: str
+) -> None:
+    with pytest.raises(SystemExit):
+        compare_arms(*more)
+    assert told in capsys.readouterr().err
+
+
+def test_a_group_of_classes_that_are_not_there(compare_arms: Callable[..., None], trained: list[object]) -> None:
+    with pytest.raises(InputError, match="--group one: no class is called cow; there are sky, ground, "):
+        compare_arms("--group", "one=cow")
+    assert not trained
 
 
 def test_pseudolabels_of_a_run(recipe: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
