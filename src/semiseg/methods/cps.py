@@ -64,29 +64,35 @@ class CPS(StepMethod):
         return {"labelled": Stream(data.labelled, phases), "unlabelled": Stream(data.unlabelled, phases, strong=1)}
 
     def step(self, clock: Clock, labelled: Labelled, unlabelled: Unlabelled) -> dict[str, Tensor]:  # type: ignore[override]
-        c, nets = self.config, (self.first, self.second)
+        c, nets = self.config, {"first": self.first, "second": self.second}
         image, valid = to_float(unlabelled.image), unlabelled.valid
+        losses: list[Tensor] = []
+        crossed: list[Tensor] = []
         if c.cutmix:
             with torch.no_grad():
                 u = unlabelled.view(0)
                 box = cutmix_box(u, (image.shape[2], image.shape[3]), c.area, 1.0)
-                labels = [winner(net(image)) for net in nets]
+                labels = [winner(net(image)) for net in nets.values()]
                 image, valid, *labels = mix(box, unlabelled.partner, image, valid, *labels)
-
-        logits = [net(labelled.image) for net in nets]
-        crossing = [net(image) for net in nets]
-        if not c.cutmix:
-            crossing = [torch.cat(both) for both in zip(logits, crossing, strict=True)]
+            # Backward of each forward before the next one, so that memory holds one at a time.
+            for name, net in nets.items():
+                losses += self.backward(name, *self.loss(net(labelled.image), labelled.mask))[:1]
+            for (name, net), label in zip(nets.items(), reversed(labels), strict=True):
+                crossed += self.update(name, (c.weight, _cross(net(image), label, valid)))
+        else:
+            logits = [net(labelled.image) for net in nets.values()]
+            both = [torch.cat([z, net(image)]) for z, net in zip(logits, nets.values(), strict=True)]
             valid = torch.cat([labelled.valid, valid])
-            labels = [winner(z) for z in crossing]
-
-        cross = [_cross(z, label, valid) for z, label in zip(crossing, reversed(labels), strict=True)]
-        one = self.update("first", *self.loss(logits[0], labelled.mask), (c.weight, cross[0]))
-        two = self.update("second", *self.loss(logits[1], labelled.mask), (c.weight, cross[1]))
+            labels = [winner(z) for z in both]
+            for name, z, every, label in zip(nets, logits, both, reversed(labels), strict=True):
+                terms = [*self.loss(z, labelled.mask), (c.weight, _cross(every, label, valid))]
+                loss, *_, cross = self.update(name, *terms)
+                losses.append(loss)
+                crossed.append(cross)
         return {
-            "loss": one[0],
-            "loss_second": two[0],
-            "loss_cross": one[-1] + two[-1],
+            "loss": losses[0],
+            "loss_second": losses[1],
+            "loss_cross": crossed[0] + crossed[1],
             "agreement": ((labels[0] == labels[1]) & valid).sum() / valid.sum(),
         }
 
