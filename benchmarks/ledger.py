@@ -90,7 +90,9 @@ class Job:
     def same_experiment(self, row: Row) -> bool:
         """Whether a row's options are this job's. One that is newer than the row counts as its default then: if it
         changed the method, the golden losses tell."""
-        plain = {"data": {"root": self.recipe.data.root}, "method": self.recipe.method.name}
+        method, own = self.recipe.method, self.recipe.dump()["method"]
+        needed = {name: own[name] for name, f in type(method.options).model_fields.items() if f.is_required()}
+        plain = {"data": {"root": self.recipe.data.root}, "method": {"name": method.name, **needed}}
         defaults, now = flat_options(parse(plain, "")), flat_options(self.recipe)
         then = {name: value for name, value in json.loads(row["options"]).items() if name not in FREE}
         newer = now.keys() - then.keys()

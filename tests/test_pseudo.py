@@ -24,6 +24,7 @@ from semiseg.engine import pseudo
 from semiseg.engine.evaluate import probabilities, to_tensor
 from semiseg.engine.predict import Job, Predictor, predict_files
 from semiseg.engine.pseudo import fingerprint, pseudo_label
+from semiseg.ops.pseudo import Merge, Pair
 from semiseg.types import IGNORE, InferenceConfig, InputError, Labelled
 
 CPU = torch.device("cpu")
@@ -150,7 +151,63 @@ def test_pixels_below_the_least_confidence_are_ignored(net: Net, data: Data, tmp
         kept, total = kept + (mask != IGNORE).sum(), total + mask.size
     assert 0 < kept < total
     share = float(told.partition(" %")[0])
-    assert share == pytest.approx(100 * kept / total, abs=1)
+    assert share == pytest.approx(100 * kept / total, abs=0.051)  # one decimal is told
+
+
+@pytest.mark.parametrize("least", [0.998, 1.0])
+def test_what_is_told_is_counted_in_the_labels(net: Net, data: Data, tmp_path: Path, least: float) -> None:
+    """Stored confidences are rounded to 1 / 255: they would tell of labels where there is none."""
+    with torch.no_grad():
+        net.norm.weight.zero_()
+        net.norm.bias.copy_(torch.tensor([7.0, 0.0, 0.0])[: len(net.norm.bias)])
+    _, (told,) = label(net, data, tmp_path, least)
+    kept = np.mean([np.asarray(Image.open(p)) != IGNORE for p in (tmp_path / "labels").rglob("*.png")])
+    assert told.startswith("NO pixel" if kept == 0 else f"{100 * kept:.1f} %")
+
+
+def test_the_limit_that_is_advised_keeps_half(net: Net, data: Data, tmp_path: Path) -> None:
+    _, (told,) = label(net, data, tmp_path / "none", 1.0)
+    limit = float(told.rpartition("; ")[2].split()[0])
+    _, (told,) = label(net, data, tmp_path / "half", limit)
+    assert float(told.partition(" %")[0]) >= 50
+
+
+def test_two_teachers_neither_of_which_may_decide(net: Net, data: Data, tmp_path: Path) -> None:
+    pair = Pair(net, net, Merge((0, 1, 2), least=1.0))
+    _, (told,) = label(pair, data, tmp_path / "none")
+    assert told.startswith("NO pixel has a pseudo-label, neither teacher may decide anywhere: a tenth of")
+    pair = Pair(net, net, Merge((0, 1, IGNORE), doubt=0.3))
+    _, (told,) = label(pair, data, tmp_path / "some")
+    kept = np.mean([np.asarray(Image.open(p)) != IGNORE for p in (tmp_path / "some/labels").rglob("*.png")])
+    assert 0 < kept < 1
+    assert told.startswith(f"{100 * kept:.1f} % of the pixels have a pseudo-label (a tenth")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("labels/0000/0000001.png", None, "0000001.png or what belongs to it is missing: remove .* to make the labels"),
+        ("confidence/0000/0000001.png", None, "0000001.png or what belongs to it is missing"),
+        ("report.json", b"{", "report.json is damaged: remove .* to make the labels anew"),
+        ("labels.json", b"{", "labels.json is damaged: remove"),
+        ("labels.json", None, "holds pseudo-labels, but labels.json is missing: remove the folder to make them anew"),
+    ],
+)
+def test_damaged_labels_are_refused(
+    net: Net, data: Data, tmp_path: Path, name: str, content: bytes | None, told: str
+) -> None:
+    label(net, data, tmp_path)
+    (tmp_path / name).unlink() if content is None else (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=told):
+        label(net, data, tmp_path)
+
+
+def test_a_damaged_map_is_refused_before_the_report(net: Net, data: Data, tmp_path: Path) -> None:
+    label(net, data, tmp_path)
+    (tmp_path / "report.json").unlink()
+    (tmp_path / "confidence/0000/0000001.png").write_bytes(b"")
+    with pytest.raises(InputError, match=r"0000001\.png is damaged: remove"):
+        label(net, data, tmp_path)
 
 
 def test_no_pixel_is_sure_enough(net: Net, data: Data, tmp_path: Path) -> None:
@@ -194,7 +251,7 @@ def test_processes_share_the_images(net: Net, data: Data, tmp_path: Path, monkey
     for rank in (0, 1):
         monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
         (tmp_path / "two" / "report.json").unlink(missing_ok=True)
-        with mock.patch.object(pseudo, "_confidences", return_value=np.zeros(256, np.int64)):
+        with mock.patch.object(pseudo, "_counted", return_value=(np.zeros(256, np.int64), 0)):
             if rank == 0:
                 label(net, data, tmp_path / "two")
             else:

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from semiseg import api, testing
 from semiseg.config import build_of
+from semiseg.data.loader import Steps
 from semiseg.data.rows import Rows
 from semiseg.data.sampling import Stream, draws
 from semiseg.data.splits import Data
+from semiseg.engine import session
 from semiseg.engine.session import Session, Trainable, _timetable
 from semiseg.methods import SelfTraining, Supervised
 from semiseg.types import InferenceConfig, InputError
@@ -223,3 +225,29 @@ def test_labels_of_a_teacher_that_was_trained_anew(case: testing.Case) -> None:
         InputError, match="holds pseudo-labels that differ in teacher: remove the folder to make them anew"
     ):
         testing.run(case, "run", steps=4, evaluations=1)
+
+
+def test_statistics_are_refreshed_from_what_was_learned_from(
+    case: testing.Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the shares of real and pseudo-labelled images that the student had, with crops anywhere."""
+    case.data()
+    seen = []
+
+    def steps(streams: Mapping[str, Stream], *rest: Any) -> Steps:
+        seen.append(streams["labelled"])
+        return Steps(streams, *rest)
+
+    monkeypatch.setattr(session, "Steps", steps)
+    monkeypatch.setattr(session, "REFRESH", 2)
+    recipe = case.with_options({"ratio": 2}).recipe(steps=4, evaluations=1, schedule="fine2coarse", crop=[32, 32])
+    api.train(recipe, tmp_path / "run")
+    trained, refreshed = seen[-2:]
+    assert trained.mixture is not None
+    assert refreshed.mixture is not None
+    assert len(trained.phases) == 2
+    assert [phase.crop for phase in refreshed.phases] == [(32, 32)]
+    assert [(p.first, p.rows, p.items) for p in refreshed.mixture.parts] == [(0, 4, 4), (4, 8, 8)]
+    assert [(p.first, p.rows, p.items) for p in trained.mixture.parts] == [(0, 4, 4), (4, 8, 8)]
+    assert all(p.centroids is None for p in refreshed.mixture.parts)
+    assert all(p.centroids is not None for p in trained.mixture.parts)

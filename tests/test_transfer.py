@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from needs import needed
 from torch import Tensor, nn
 
@@ -19,7 +20,9 @@ from semiseg.data.rows import Rows
 from semiseg.data.sampling import Stream
 from semiseg.data.splits import Data, load_data
 from semiseg.engine.session import Session, Trainable
-from semiseg.methods import Supervised, Transfer
+from semiseg.methods import Supervised, Transfer, transfer
+from semiseg.methods.transfer import places
+from semiseg.ops.losses import class_weights
 from semiseg.ops.pseudo import Merge, Pair
 from semiseg.types import IGNORE, InferenceConfig, InputError
 
@@ -209,12 +212,91 @@ def test_shares(case: testing.Case) -> None:
         ("- floor\n", "is no map of classes: write a line"),
         ("floor: [ground]\nobject: thing\nodd: null\n", "is no map of classes"),
         ("floor: [", "cannot be read as YAML"),
+        ("floor: ground\nobject: thing\nodd: null\nfloor: thing\n", "names floor twice: give each"),
+        ("floor: null\nobject: ~\nodd:\n", "gives every class null, so that nothing of the source can be used"),
     ],
 )
 def test_a_wrong_file_of_classes(case: testing.Case, text: str, sentence: str) -> None:
     (case.folder / "classes.yml").write_text(text)
     with pytest.raises(InputError, match=sentence):
         fitted(case)
+
+
+def test_names_that_yaml_takes_for_something_else(tmp_path: Path) -> None:
+    path = tmp_path / "classes.yml"
+    path.write_text("0: 1\nno: 'null'\n1.0: null\n")
+    assert places(path, ("0", "no", "1.0"), ("null", "1")) == (1, 0, IGNORE)
+
+
+def test_the_source_is_not_there(case: testing.Case) -> None:
+    with pytest.raises(InputError, match=r"method\.source: .*nowhere"):
+        fitted(case, source={**case.options["source"], "root": "nowhere"})
+
+
+def test_images_of_val_among_the_source(case: testing.Case) -> None:
+    data, source = case.data(), case.folder / "source"
+    picture, mask = data.val[0].image, data.val[0].mask
+    assert isinstance(picture, Path)
+    assert mask is not None
+    (source / "images/train" / picture.name).write_bytes(picture.read_bytes())
+    (source / "masks/train" / mask.name).write_bytes(mask.read_bytes())
+    with pytest.raises(InputError, match=r"method\.source: The labelled and val images share"):
+        fitted(case)
+    (case.folder / "recipe.yaml").write_text(yaml.safe_dump(case.recipe().dump()))
+    (problem,) = api.check(case.folder / "recipe.yaml").problems
+    assert problem.startswith("method.source: The labelled and val images share")
+
+
+def test_check_looks_at_the_classes(case: testing.Case) -> None:
+    case.data()
+    path = case.folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(case.recipe().dump()))
+    assert not api.check(path).problems
+    (case.folder / "classes.yml").write_text("floor: grund\nobject: thing\nodd: null\n")
+    (problem,) = api.check(path).problems
+    assert "names grund, which is no class of the data; did you mean ground?" in problem
+
+
+def test_a_network_in_one_piece_is_refused_before_a_stage(case: testing.Case, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n\ndef net(classes, channels):\n    return nn.Conv2d(channels, classes, 1)\n"
+    )
+    case = replace(case, network={"name": f"{tmp_path / 'mine.py'}:net"})
+    with pytest.raises(InputError, match=r"^method: transfer: the teacher of the source has other classes"):
+        fitted(case)
+    assert not notes
+
+
+def test_the_file_of_classes_may_not_change_meanwhile(case: testing.Case, tmp_path: Path) -> None:
+    case.data()
+    recipe = case.recipe(steps=2, save_every=2, evaluations=1)
+    api.train(recipe, tmp_path / "run")
+    assert (tmp_path / "run/classes.yml").read_text() == (tmp_path / "classes.yml").read_text()
+    (tmp_path / "run/results.json").unlink()
+    (tmp_path / "classes.yml").write_text("floor: thing\nobject: ground\nodd: null\n")
+    with pytest.raises(InputError, match=r"classes\.yml is not what .*run began with"):
+        api.train(recipe, tmp_path / "run")
+
+
+def test_foreign_images_of_the_same_names(case: testing.Case, tmp_path: Path) -> None:
+    """A pool of another place: what has a mask is known by where it lies, not by its name there."""
+    data = case.data()
+    testing.write_data(tmp_path / "foreign", 6)
+    more = Rows.of(tmp_path / "foreign", data.unlabelled.names[:3].tolist())
+    every = (data.labelled + data.unlabelled).without_masks() + more
+    left = every.without(data.labelled)
+    assert len(left) == len(data.unlabelled) + 3
+    assert not len(data.labelled.without(every))
+    assert len(more.without(data.unlabelled)) == 3
+
+
+def test_weights_of_a_class_that_only_the_source_shows(case: testing.Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = {4: torch.tensor([30.0, 0.0, 10.0]), 6: torch.tensor([300.0, 100.0, 0.0])}
+    monkeypatch.setattr(transfer, "class_pixels", lambda data: counts[len(data.labelled)].double())
+    fitted(case, loss={"kind": "ce", "class_weights": True})
+    student = notes[-1][1]
+    assert student.loss.weight is not None
+    torch.testing.assert_close(student.loss.weight, class_weights(torch.tensor([30.0, 10.0, 10.0])))
 
 
 def test_channels_differ(case: testing.Case) -> None:

@@ -326,7 +326,7 @@ def _recipe_and_data(path: Path, overrides: Iterable[str]) -> tuple[Recipe, Data
 
 
 def check(source: str | Path, sheet: str | Path | None = None, overrides: Iterable[str] = ()) -> Report:
-    """Looks for what would spoil a run; see `data.check.check`.
+    """Looks for what would spoil a run; see `data.check.check`, and `look` of the method.
 
     Args:
         source: a recipe, a run or a data folder.
@@ -341,6 +341,13 @@ def check(source: str | Path, sheet: str | Path | None = None, overrides: Iterab
         parts = experiment.members(recipe).values()
         found = [leaks(load_data(part.data, Path(source).parent)) for part in parts if part.data.fold is not None]
         report = replace(report, problems=tuple(dict.fromkeys(problem for some in found for problem in some)))
+    if not report.problems:
+        base, bare = Path(source).parent, NetworkConfig(weights="random")  # it is data that is looked at
+        try:
+            found_paths = experiment.resolved(recipe.model_copy(update={"network": bare}), base)
+            methods.find(recipe.method.name, base).look(found_paths.method.options, data)
+        except InputError as error:
+            report = replace(report, problems=(str(error),))
     if sheet is not None and not report.problems:
         train = recipe.train
         streams = {"labelled": Stream(data.labelled, (Phase(train.crop, train.batch),))}

@@ -52,7 +52,7 @@ _THREADS = parallel.threads()
 
 @dataclass(frozen=True)
 class _Code:
-    """Where the user's own code is looked for, its files, and the run folder, which keeps a copy of them."""
+    """Where the user's own code is looked for, files of code and classes, and the run folder, which keeps a copy."""
 
     base: Path | None
     files: tuple[Path, ...]
@@ -332,21 +332,32 @@ def _opening(recipe: Recipe, data: Data, device: torch.device) -> str:
 
 
 def _resolve(recipe: Recipe, base: Path | None, out: Path) -> tuple[Recipe, _Code]:
-    """Relative paths made absolute, and the user's own code."""
+    """Relative paths made absolute, and the user's own files: code, and what options name beside weights and runs."""
     stored = out / "recipe.yaml"
-    begun = load_recipe(stored) if stored.exists() else recipe
-    options = recipe.method.options
+    recipe = resolved(recipe, base, load_recipe(stored) if stored.exists() else None)
+    options = dict(recipe.method.options)
+    networks = [value for value in (recipe.network, *options.values()) if isinstance(value, NetworkConfig)]
+    places = [name.rpartition(":")[0] for name in (recipe.method.name, *(some.name for some in networks))]
+    files = [code_file(place, base) for place in places if place.endswith(".py")]
+    files += [value for value in options.values() if isinstance(value, Path) and value.suffix in (".yml", ".yaml")]
+    return recipe, _Code(base, tuple(files), out)
+
+
+def resolved(recipe: Recipe, base: Path | None, begun: Recipe | None = None) -> Recipe:
+    """The recipe with its paths absolute; `begun` is what a run that goes on began with.
+
+    Raises:
+        InputError: a path names nothing.
+    """
+    begun, options = begun or recipe, recipe.method.options
     found = {
         name: _found(value, base, getattr(begun.method.options, name, None), f"method.{name}")
         for name, value in options
     }
     network = _found(recipe.network, base, begun.network, "network")
-    networks = [value for value in (network, *found.values()) if isinstance(value, NetworkConfig)]
-    places = [name.rpartition(":")[0] for name in (recipe.method.name, *(some.name for some in networks))]
     method = recipe.method.model_copy(update={"options": options.model_copy(update=found)})
     changed = {"data": located(recipe.data, base), "network": network, "method": method}
-    files = tuple(code_file(place, base) for place in places if place.endswith(".py"))
-    return recipe.model_copy(update=changed), _Code(base, files, out)
+    return recipe.model_copy(update=changed)
 
 
 def _found(value: Any, base: Path | None, begun: Any, option: str) -> Any:

@@ -309,7 +309,7 @@ def _working_size(survey: Survey, limit: int) -> tuple[int, Lines]:
 
 
 def _why_method(data: Data) -> str:
-    if set(data.labelled.names) <= set(data.unlabelled.names):
+    if not len(data.labelled.without(data.unlabelled)):
         return "no image lacks a mask, so those with one serve twice; see whether method=supervised does as well"
     return f"{len(data.labelled)} labelled and {len(data.unlabelled)} unlabelled images"
 

@@ -155,11 +155,17 @@ class Rows:
     @property
     def names(self) -> Strings:
         """(n,) StringDType, what identifies a row: the image column, behind the row's place where there are several."""
-        if len(self.places) == 1:
-            return self.image
+        return self.image if len(self.places) == 1 else self._paths()
+
+    def _paths(self) -> Strings:
+        """(n,) StringDType, the image column behind the row's place."""
         homes = [str(place) for place in self.places]
         pairs = zip(self._numbers(self.places), self.image, strict=True)
         return np.fromiter((posixpath.join(homes[number], name) for number, name in pairs), StringDType())
+
+    def without(self, other: "Rows") -> Self:
+        """The rows whose image is not in the other pool."""
+        return self[~np.isin(self._paths(), other._paths())]
 
     @property
     def masked(self) -> NDArray[np.bool_]:

@@ -6,7 +6,7 @@ In pools of more than LISTED rows that order is a function of the place in it, s
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -241,6 +241,10 @@ class Mixture:
 
     parts: tuple[Part, ...]
     even: bool = False
+
+    def without_places(self) -> "Mixture":
+        """The same shares, with crops anywhere."""
+        return replace(self, parts=tuple(replace(part, centroids=None) for part in self.parts))
 
     @property
     def items(self) -> int:

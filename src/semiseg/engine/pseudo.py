@@ -25,7 +25,7 @@ from semiseg.engine.evaluate import ahead
 from semiseg.engine.predict import Job, Predictor, run_jobs
 from semiseg.files import sweep, write_json
 from semiseg.ops.pseudo import Pair
-from semiseg.types import InferenceConfig, InputError, some
+from semiseg.types import IGNORE, InferenceConfig, InputError, some
 
 CARD, REPORT = "labels.json", "report.json"
 """What labels depend on, written first; and how it went, written when all are there."""
@@ -64,7 +64,9 @@ def pseudo_label(
     _claim(folder, {**fingerprint(net, rows, data, inference), "least": least, "top": top, "merge": merge})
     jobs = _Jobs(rows, folder, top > 1)
     report = folder / REPORT
-    if not report.exists():
+    if report.exists():
+        _check_whole(jobs, finished(rows, data, folder)[1].failed, folder)
+    else:
         began = time.perf_counter()
         sizes = data.config.channels, data.config.size
         predictor = Predictor(net, data.classes, data.palette, *sizes, inference, device, top)
@@ -74,17 +76,20 @@ def pseudo_label(
         for module, training in modes:
             module.training = training
         parallel.wait()
-        counts = _confidences(jobs, failed).tolist()
+        partial = least > 0 or merge is not None
+        counts, labelled = _counted(jobs, failed, partial)
         # From here on the pool is fixed: an image that can be read again would change the student's draws.
         if parallel.rank() == 0:
-            write_json(report, {"failed": failed, "confidences": counts, "seconds": time.perf_counter() - began})
+            seconds = time.perf_counter() - began
+            told = {"failed": failed, "confidences": counts.tolist(), "labelled": labelled, "seconds": seconds}
+            write_json(report, told)
         parallel.wait()
     return finished(rows, data, folder)
 
 
 def finished(rows: Rows, data: Data, folder: Path) -> tuple[Rows, "Report"]:
     """What `pseudo_label` returned when it had labelled these rows in this folder."""
-    told = Report(**json.loads((folder / REPORT).read_text(encoding="utf-8")))
+    told = Report(**_read(folder, REPORT))
     good = np.arange(len(rows))
     if told.failed:
         good = good[[str(row.image) not in told.failed for row in rows]]
@@ -98,17 +103,19 @@ def finished(rows: Rows, data: Data, folder: Path) -> tuple[Rows, "Report"]:
 @dataclass(frozen=True)
 class Report:
     """How labelling went: images that could not be read, each with the reason; how many pixels have which confidence
-    (256,), 0 to 255; and seconds, of the call that finished it."""
+    (256,), 0 to 255; how many have a label; and seconds, of the call that finished it."""
 
     failed: dict[str, str]
     confidences: list[int]
+    labelled: int
     seconds: float
 
     def remarks(self, least: float) -> list[str]:
         """Sentences for the user."""
         lines = [f"no pseudo-label for {some(self.failed)}: it cannot be read"] if self.failed else []
         counts = np.array(self.confidences)
-        return [*lines, _told(counts, least)] if least > 0 and counts.any() else lines
+        whole = not least and self.labelled == counts.sum()
+        return lines if whole or not counts.any() else [*lines, _told(counts, self.labelled, least)]
 
 
 @dataclass(frozen=True)
@@ -177,8 +184,10 @@ def _claim(folder: Path, mine: dict[str, Any]) -> None:
         InputError: it is that of others.
     """
     card = folder / CARD
+    if not card.exists() and (folder / "labels").exists():
+        raise InputError(f"{folder} holds pseudo-labels, but {CARD} is missing: remove the folder to make them anew.")
     if card.exists():
-        theirs = json.loads(card.read_text(encoding="utf-8"))
+        theirs = _read(folder, CARD)
         if other := differing(theirs, mine):
             raise InputError(
                 f"{folder} holds pseudo-labels that differ in {other}: remove the folder to make them anew, "
@@ -193,30 +202,67 @@ def _claim(folder: Path, mine: dict[str, Any]) -> None:
     parallel.wait()
 
 
-def _confidences(jobs: Sequence[Job], failed: Collection[str]) -> NDArray[np.int64]:
-    """How many pixels of all maps have which confidence, 0..255: read from the files, for some were there before."""
+def _read(folder: Path, name: str) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads((folder / name).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise _damaged(folder / name, folder) from error
+    return found
+
+
+def _check_whole(jobs: Sequence[Job], failed: Collection[str], folder: Path) -> None:
+    """Raises InputError where a file of finished labels is gone."""
+    for job in jobs:
+        if not job.done() and str(job.source) not in failed:
+            raise InputError(f"{job.mask} or what belongs to it is missing: remove {folder} to make the labels anew.")
+
+
+def _damaged(path: Path, folder: Path) -> InputError:
+    return InputError(f"{path} is damaged: remove {folder} to make the labels anew.")
+
+
+def _counted(jobs: _Jobs, failed: Collection[str], partial: bool) -> tuple[NDArray[np.int64], int]:
+    """How many pixels of all maps have which confidence, 0..255, and how many a label, by default all.
+
+    Read from the files, for some were there before.
+    """
 
     def count(i: int) -> NDArray[np.int64]:
         job = jobs[i]
         assert job.confidence is not None
         if str(job.source) in failed:
-            return np.zeros(256, dtype=np.int64)
-        with Image.open(job.confidence) as image:
-            return np.bincount(np.asarray(image).ravel(), minlength=256)
+            return np.zeros(257, dtype=np.int64)
+        sure = np.bincount(_pixels(job.confidence, jobs.folder).ravel(), minlength=256)
+        labels = np.count_nonzero(_pixels(job.mask, jobs.folder) != IGNORE) if partial else sure.sum()
+        return np.append(sure, labels)
 
-    own = np.zeros(256, dtype=np.int64)
+    own = np.zeros(257, dtype=np.int64)
     for counts in ahead(count, range(parallel.rank(), len(jobs), parallel.world())):
         own += counts
     total: NDArray[np.int64] = np.stack(parallel.gather(own)).sum(0)
-    return total
+    return total[:256], int(total[256])
 
 
-def _told(counts: NDArray[np.int64], least: float) -> str:
-    """How much `least` leaves, and where other limits would lie."""
+def _pixels(path: Path, folder: Path) -> NDArray[np.uint8]:
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image)
+    except (OSError, SyntaxError) as error:  # what PIL raises for files that are no images
+        raise _damaged(path, folder) from error
+
+
+def _told(counts: NDArray[np.int64], labelled: int, least: float) -> str:
+    """How much has a label, and where limits of confidence would lie."""
     upto = counts.cumsum() / counts.sum()
-    kept = 1 - (upto[round(255 * least) - 1] if round(255 * least) else 0.0)
-    tenth, half, most = (int(np.searchsorted(upto, share)) / 255 for share in (0.1, 0.5, 0.9))
-    spread = f"a tenth of the pixels are below {tenth:.2f}, half below {half:.2f}, nine tenths below {most:.2f}"
-    if kept == 0:
-        return f"NO pixel has a pseudo-label, none reaches a confidence of {least:g}: {spread}; {half:.2f} keeps half"
-    return f"{100 * kept:.1f} % of the pixels have a pseudo-label, of a confidence of at least {least:g} ({spread})"
+    tenth, half, most = (int(np.searchsorted(upto, share)) for share in (0.1, 0.5, 0.9))
+    spread = (
+        f"a tenth of the pixels are below {tenth / 255:.2f}, half below {half / 255:.2f}, "
+        f"nine tenths below {most / 255:.2f}"
+    )
+    if labelled == 0 and not least:
+        return f"NO pixel has a pseudo-label, neither teacher may decide anywhere: {spread}"
+    if labelled == 0:
+        keeps = np.floor(100 * max(0.0, half - 0.5) / 255) / 100  # what is stored was rounded to steps of 1 / 255
+        return f"NO pixel has a pseudo-label, none reaches a confidence of {least:g}: {spread}; {keeps:.2f} keeps half"
+    which = f", of a confidence of at least {least:g}" if least else ""
+    return f"{100 * labelled / counts.sum():.1f} % of the pixels have a pseudo-label{which} ({spread})"

@@ -430,7 +430,8 @@ class Session:
         if len(phases) == 1 or phases[-1].crop == self.config.crop:
             return
         c, (name, stream) = self.config, next((n, s) for n, s in streams.items() if s.images)
-        whole = replace(stream, phases=(Phase(c.crop, c.batch),), strong=0, mixture=None)
+        mixture = None if stream.mixture is None else stream.mixture.without_places()
+        whole = replace(stream, phases=(Phase(c.crop, c.batch),), strong=0, mixture=mixture)
         timetable = Timetable(whole.phases, REFRESH * c.batch)
         dataset = Steps({name: whole}, timetable, data, c.seed, parallel.rank(), parallel.world())
         modes = [(module, module.training) for module in net.modules()]

@@ -60,6 +60,13 @@ class Method(ABC):
     def fit(self, session: Session, data: Data) -> nn.Module:
         """Trains, and returns the network to deliver."""
 
+    @classmethod  # noqa: B027
+    def look(cls, config: Options, data: Data) -> None:
+        """For `semiseg check`: raises InputError where the options do not fit the data; nothing is trained.
+
+        Only for what training would find later than its first second.
+        """
+
 
 class StepMethod(nn.Module, Method):
     """An algorithm that is one loop of steps.

@@ -18,13 +18,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Self
 
-import numpy as np
+import torch
 import yaml
 from pydantic import Field, model_validator
-from torch import nn
+from torch import Tensor, nn
 
 from semiseg.data.centroids import class_centroids
-from semiseg.data.check import class_pixels
+from semiseg.data.check import class_pixels, leaks
 from semiseg.data.rows import Rows
 from semiseg.data.sampling import Mixture, Part, Phase, Stream
 from semiseg.data.splits import Data, DataConfig, load_data
@@ -37,6 +37,8 @@ from semiseg.ops.pseudo import Merge, Pair
 from semiseg.types import IGNORE, InputError, Options, Portion, Side, nearest, some
 
 Weight = Annotated[float, Field(ge=0)]
+NONE = ("", "~", "null", "Null", "NULL")
+"""What stands for no class in a file of classes, as in YAML."""
 
 
 class Transfer(Method):
@@ -85,16 +87,17 @@ class Transfer(Method):
 
     def fit(self, session: Session, data: Data) -> nn.Module:
         c = self.config
-        source = load_data(c.source)
-        to = self._places(source, data)
-        unlabelled = data.unlabelled[~np.isin(data.unlabelled.names, data.labelled.names)]
+        source, to = self.source(c, data)
+        unlabelled = data.unlabelled.without(data.labelled)
         if not len(unlabelled):
             raise InputError(
                 "The method labels unlabelled images, and there is none: change data.unlabelled or method."
             )
 
-        first = self._first(session, source)
-        second = self._second(session, first, source, data, to)
+        first = self._first(session, source, data, to)
+        stage, method = session.stage("target"), Supervised.of(c.loss, self.build.again(1))
+        stage.starts_from(self._load(method.student, first, source, data, to))
+        second = stage.train(method, data)
         stage = session.stage("student")
         inference = session.inference.model_copy(update={"flip": c.flip, "scales": c.scales})
         pair = Pair(first, second, Merge(to, c.least, c.least_new, c.doubt))
@@ -102,14 +105,17 @@ class Transfer(Method):
         if not len(pseudo):
             raise InputError("No unlabelled image can be read, and the method learns from them: repair or change them.")
 
-        stream = self._stream(stage, data, source.labelled.read_by(source.code.mapped(to)), data.labelled, pseudo)
-        return self._train(stage, self.build.again(2), data, {"labelled": stream})
+        masks = source.labelled.read_by(source.code.mapped(to))
+        build = replace(self.build.again(2), class_pixels=lambda: _known(data, masks))
+        return self._train(stage, build, data, {"labelled": self._stream(stage, data, masks, data.labelled, pseudo)})
 
-    def _first(self, session: Session, source: Data) -> nn.Module:
+    def _first(self, session: Session, source: Data, data: Data, to: Sequence[int]) -> nn.Module:
         """The teacher of the source's classes."""
         if self.config.teacher is None:
             names = source.classes
             build = replace(self.build, classes=len(names), names=names, class_pixels=lambda: class_pixels(source))
+            # What cannot go over to the target's classes is refused before it is trained.
+            self._load(self.build.network(), build.network(), source, data, to)
             return self._train(session.stage("source"), build, source)
         net, classes = self.build.trained(self.config.teacher, "method.teacher")
         if classes != source.classes:
@@ -119,14 +125,14 @@ class Transfer(Method):
             )
         return net
 
-    def _second(self, session: Session, first: nn.Module, source: Data, data: Data, to: Sequence[int]) -> nn.Module:
-        """The first teacher, fine-tuned on the target; of classes that mean the same one the first gives its row."""
-        method = Supervised.of(self.config.loss, self.build.again(1))
+    def _load(self, net: nn.Module, first: nn.Module, source: Data, data: Data, to: Sequence[int]) -> list[str]:
+        """Gives a network of the target the first teacher's weights; of classes that mean the same one the first's row.
+
+        Returns what became of them, as lines for the user.
+        """
         names = [f"source: {n}" if t == IGNORE else data.classes[t] for n, t in zip(source.classes, to, strict=True)]
-        told = load_network(method.student, first.state_dict(), "the teacher of the source", names, data.classes)
-        stage = session.stage("target")
-        stage.starts_from(told)
-        return stage.train(method, data)
+        option = "method: transfer" if self.config.teacher is None else "method.teacher"
+        return load_network(net, first.state_dict(), "the teacher of the source", names, data.classes, option)
 
     def _train(self, session: Session, build: Build, data: Data, streams: dict[str, Stream] | None = None) -> nn.Module:
         return session.train(Supervised.of(self.config.loss, build), data, streams)
@@ -144,32 +150,73 @@ class Transfer(Method):
                 rows = rows + pool
         return Stream(rows, (Phase(train.crop, train.batch),), mixture=Mixture(tuple(parts)))
 
-    def _places(self, source: Data, data: Data) -> tuple[int, ...]:
-        """The id in the target of each class of the source, or IGNORE.
+    @classmethod
+    def look(cls, config: Options, data: Data) -> None:
+        assert isinstance(config, cls.Config)
+        cls.source(config, data)
+
+    @staticmethod
+    def source(config: Config, data: Data) -> tuple[Data, tuple[int, ...]]:
+        """The source, and the id in the target of each of its classes, or IGNORE.
 
         Raises:
-            InputError: the file of classes is no such file, or names or lacks a class; or the channels differ.
+            InputError: the source cannot be used, the file of classes is none or does not fit, the channels differ, or
+                the source holds images of the target's val or test split.
         """
-        path = self.config.classes
+        try:
+            source = load_data(config.source)
+        except InputError as error:
+            raise InputError(f"method.source: {error}") from error
         if source.config.channels != data.config.channels:
             raise InputError(
                 f"method.source has images of {source.config.channels} channels, data of {data.config.channels}: "
                 "set channels to the same number in both."
             )
-        try:
-            table = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise InputError(f"{path} cannot be read as YAML ({' '.join(str(error).split())}): correct it.") from error
-        if not isinstance(table, dict) or not all(t is None or isinstance(t, str) for t in table.values()):
-            raise InputError(
-                f"{path} is no map of classes: write a line `class of the source: class of the target` each."
-            )
-        lacking = [name for name in source.classes if name not in table]
-        unknown = [name for name in table if name not in source.classes]
-        if lacking or unknown:
-            what = f"lacks {some(lacking)}" if lacking else f"names {some(unknown)}, which the source does not have"
-            raise InputError(f"{path} {what}: give each of the source's classes a line ({', '.join(source.classes)}).")
-        for name in table.values():
-            if name is not None and name not in data.classes:
-                raise InputError(f"{path} names {name}, which is no class of the data; {nearest(name, data.classes)}")
-        return tuple(IGNORE if table[n] is None else data.classes.index(table[n]) for n in source.classes)
+        to = places(config.classes, source.classes, data.classes)
+        masks = source.labelled.read_by(source.code.mapped(to))
+        if problems := leaks(replace(data, labelled=masks)):
+            raise InputError(f"method.source: {problems[0]}")
+        return source, to
+
+
+def places(path: Path, source: Sequence[str], target: Sequence[str]) -> tuple[int, ...]:
+    """The id in the target of each class of the source by a YAML file, or IGNORE.
+
+    Raises:
+        InputError: it is no such file, or names or lacks a class.
+    """
+    try:
+        # As text: a class may be called 1 or no.
+        tree = yaml.compose(path.read_text(encoding="utf-8"), yaml.BaseLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path} cannot be read as YAML ({' '.join(str(error).split())}): correct it.") from error
+    nodes = tree.value if isinstance(tree, yaml.MappingNode) else []
+    if not nodes or not all(isinstance(node, yaml.ScalarNode) for pair in nodes for node in pair):
+        raise InputError(f"{path} is no map of classes: write a line `class of the source: class of the target` each.")
+    lines = [(key.value, None if value.style is None and value.value in NONE else value.value) for key, value in nodes]
+    table = dict(lines)
+    twice = [name for name in table if sum(name == key for key, _ in lines) > 1]
+    if twice:
+        raise InputError(f"{path} names {some(twice)} twice: give each of the source's classes one line.")
+    lacking = [name for name in source if name not in table]
+    unknown = [name for name in table if name not in source]
+    if lacking or unknown:
+        what = f"lacks {some(lacking)}" if lacking else f"names {some(unknown)}, which the source does not have"
+        raise InputError(f"{path} {what}: give each of the source's classes a line ({', '.join(source)}).")
+    for name in table.values():
+        if name is not None and name not in target:
+            raise InputError(f"{path} names {name}, which is no class of the data; {nearest(name, target)}")
+    if not any(name is not None for name in table.values()):
+        raise InputError(
+            f"{path} gives every class null, so that nothing of the source can be used: name one at least."
+        )
+    return tuple(IGNORE if (name := table[n]) is None else target.index(name) for n in source)
+
+
+def _known(data: Data, source: Rows) -> Tensor:
+    """(C,) pixels of each class in the target's masks; of one that only the source shows, by its share there."""
+    own = class_pixels(data)
+    if own.all():
+        return own
+    theirs = class_pixels(replace(data, labelled=source))
+    return torch.where(own == 0, theirs / theirs.sum().clamp(min=1) * own.sum(), own)

@@ -140,7 +140,12 @@ def load_tensors(
 
 
 def load_network(
-    net: nn.Module, tensors: Mapping[str, Tensor], source: str, theirs: Sequence[str], ours: Sequence[str]
+    net: nn.Module,
+    tensors: Mapping[str, Tensor],
+    source: str,
+    theirs: Sequence[str],
+    ours: Sequence[str],
+    option: str = "network.weights",
 ) -> list[str]:
     """Loads a whole network of another run; where the classes differ, its last layer row by row.
 
@@ -152,6 +157,7 @@ def load_network(
         source: where they come from, for the report.
         theirs: names of the classes there, in the order of their ids.
         ours: names of the classes of `net`.
+        option: by which the user named them.
 
     Returns:
         what became of them: lines for people.
@@ -165,15 +171,15 @@ def load_network(
     last = {name for name in own if name.startswith("head.")} if theirs != ours else set()
     if theirs != ours and not (last and all(own[name].shape[:1] == (len(ours),) for name in last)):
         raise InputError(
-            f"network.weights: {source} has other classes, and nothing tells the last layer of a network of your own: "
-            "name a run with the same classes in the same order."
+            f"{option}: {source} has other classes, and nothing tells the last layer of a network of your own: "
+            "take a network by name, or the same classes in the same order."
         )
     shapes = {name: (len(theirs), *t.shape[1:]) if name in last else tuple(t.shape) for name, t in own.items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if shapes != found:
         wrong = [name for name in {**shapes, **found} if shapes.get(name) != found.get(name)]
         raise InputError(
-            f"network.weights: {source} holds another network ({some(wrong)} differ): "
+            f"{option}: {source} holds another network ({some(wrong)} differ): "
             "name a run of this one, or change the options of network."
         )
     matched = [name for name in ours if name in theirs]
