@@ -42,7 +42,7 @@ from semiseg.config import Recipe, load_recipe
 from semiseg.data.loader import Steps, steps
 from semiseg.data.sampling import Phase, Timetable
 from semiseg.data.splits import Data, load_data
-from semiseg.engine.schedule import scheduled
+from semiseg.engine.schedule import power_of, scheduled
 from semiseg.methods import StepMethod
 from semiseg.types import InputError, Schedule
 
@@ -59,7 +59,9 @@ def with_schedule(recipe: Recipe, schedule: Schedule) -> Recipe:
 def phases(recipe: Recipe, method: StepMethod, data: Data) -> list[tuple[float, Phase]]:
     """A run's phases with their shares of the samples; a method's streams have the same ones."""
     c = recipe.train
-    stream = next(iter(scheduled(method.streams(data, c.batch, c.crop), c).values()))
+    stream = next(
+        iter(scheduled(method.streams(data, c.batch, c.crop), c, power_of(method.optimizers.values())).values())
+    )
     ends = [phase.until for phase in stream.phases]
     return list(zip(np.diff([0.0, *ends]).tolist(), stream.phases, strict=True))
 
@@ -95,7 +97,8 @@ def with_reading(recipe: Recipe, base: Path, count: int) -> dict[Schedule, dict[
     method = build_method(recipe, data, device, base)
     c, found = recipe.train, {}
     for name in SCHEDULES:
-        streams = scheduled(method.streams(data, c.batch, c.crop), with_schedule(recipe, name).train)
+        power = power_of(method.optimizers.values())
+        streams = scheduled(method.streams(data, c.batch, c.crop), with_schedule(recipe, name).train, power)
         timetable = Timetable(next(iter(streams.values())).phases, count * c.batch)
         dataset = Steps(streams, timetable, data, c.seed)
         begun, first = 0.0, 0

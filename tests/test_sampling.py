@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -238,15 +239,27 @@ def test_the_cost_model(share: float, speed: float) -> None:
 
 
 def test_the_rate_at_a_switch() -> None:
-    """The envelope goes over samples; the factor goes from 4 to 1 within an epoch behind the switch."""
+    """The envelope goes over samples; the factor goes from 1 to 4 and back, each within an epoch."""
     timetable = Timetable(scheduled_as("coarse2fine+"), 4000)
     assert timetable.steps == 150 + 400
-    assert [timetable.rate(step) for step in (0, 149)] == [4, 4]
+    assert [timetable.rate(step) for step in (0, 10, 20, 25, 149)] == pytest.approx([1, 2.2, 3.4, 4, 4])
     assert timetable.progress(150) == pytest.approx(0.6)
     assert [timetable.rate(step) for step in (150, 200, 250, 549)] == pytest.approx([4, 2.5, 1, 1])
+    short = scheduled_as("coarse2fine+", epoch=0.001)  # an epoch of a step: the ramp is longer
+    assert [part.ramp for part in short] == [0.05, 0.05]
     plain = Timetable([Phase((8, 8), 3)], 300)
     assert [plain.rate(step) for step in (0, 99)] == [1, 1]
     assert [plain.progress(step) for step in (0, 7, 99)] == [step / 100 for step in (0, 7, 99)]
+
+
+def test_how_rates_grow_with_the_batch() -> None:
+    weights = [torch.zeros(1, requires_grad=True)]
+    sgd, adamw = torch.optim.SGD(weights, 0.1), torch.optim.AdamW(weights)
+    assert [schedule.power_of(some) for some in ([sgd], [adamw], [sgd, adamw])] == [1, 0.5, 0.5]
+    streams = {"labelled": stream(7, Phase((128, 192), 4))}
+    config = TrainConfig(schedule="coarse2fine+", crop=(128, 192), batch=4, steps=100)
+    assert [part.rate for part in schedule.scheduled(streams, config, 0.5)["labelled"].phases] == [2, 1]
+    assert [part.rate for part in schedule.scheduled(streams, config, 1.0)["labelled"].phases] == [4, 1]
 
 
 def test_a_schedule_changes_the_crop_and_not_the_images() -> None:

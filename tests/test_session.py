@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import itertools
 import multiprocessing
 import os
 import resource
@@ -491,6 +492,22 @@ def test_a_schedule_killed_and_continued(case: Case, schedule: str) -> None:
     resumed = run(case, "killed", **options)
     assert all(torch.equal(tensor, resumed.net[name]) for name, tensor in whole.net.items())
     assert {size for _, _, size in seen} <= {16, 32}
+
+
+def test_rates_of_a_schedule_with_larger_batches(case: Case) -> None:
+    """Four times the batch: AdamW has twice the rate, reached evenly."""
+    factors: list[float] = []
+
+    def note(moment: Moment) -> dict[str, Tensor]:
+        group, clock = moment.method.optimizers["student"].param_groups[0], moment.clock
+        factors.append(group["lr"] / group["peak_lr"] / (1 - clock.progress) ** 0.9)
+        return moment.go()
+
+    run(case, "run", note, schedule="coarse2fine+", crop=[64, 64], steps=60)
+    assert factors[0] == pytest.approx(1)
+    assert max(factors) == pytest.approx(2)
+    assert factors[-1] == pytest.approx(1)
+    assert all(a <= b + 1e-9 for a, b in itertools.pairwise(factors[: factors.index(max(factors)) + 1]))
 
 
 def test_statistics_are_refreshed_where_a_run_ends_with_small_crops(

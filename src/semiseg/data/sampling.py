@@ -32,7 +32,8 @@ NOWHERE = 1000
 class Phase:
     """A part of the run, up to the share `until` of its samples: crop (H, W), batch, factor on rates.
 
-    The factor goes evenly from that of the phase before to its own over `ramp`, a share of the run's samples.
+    The factor goes evenly from that of the phase before (of the first one from 1) to its own over `ramp`, a share of
+    the run's samples.
     """
 
     crop: tuple[int, int]
@@ -118,10 +119,10 @@ class Timetable:
     def rate(self, step: int) -> float:
         """The factor on rates at a step."""
         i = int(np.searchsorted(self.first_step, step, side="right")) - 1
-        phase, before = self.phases[i], self.phases[max(0, i - 1)]
+        phase, before = self.phases[i], self.phases[i - 1].rate if i else 1.0
         since = (self.at(step)[1] - int(self.first_sample[i])) / self.samples
         part = min(1.0, since / phase.ramp) if phase.ramp else 1.0
-        return before.rate + part * (phase.rate - before.rate)
+        return before + part * (phase.rate - before)
 
 
 def mix_group(batch: int) -> int:

@@ -34,7 +34,7 @@ from semiseg.engine.log import Log, peak_memory
 from semiseg.engine.memory import memory_errors, smaller
 from semiseg.engine.pseudo import Report, pseudo_label
 from semiseg.engine.reliability import Ranking, reliability
-from semiseg.engine.schedule import scheduled
+from semiseg.engine.schedule import power_of, scheduled
 from semiseg.files import replacing, write_json
 from semiseg.types import Clock, InferenceConfig, InputError, Interrupted, TrainConfig
 
@@ -255,7 +255,7 @@ class Session:
         """
         c = self.config
         self.trained.append(self)
-        streams = scheduled(streams or method.streams(data, c.batch, c.crop), c)
+        streams = scheduled(streams or method.streams(data, c.batch, c.crop), c, power_of(method.optimizers.values()))
         timetable = _timetable(streams, c.steps * c.batch)
         _check_blocks(streams, c.batch)
         total = timetable.steps
