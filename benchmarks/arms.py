@@ -86,11 +86,13 @@ def _mean(values: Mapping[str, float | None], classes: Sequence[str]) -> float:
 
 def as_text(found: Sequence[dict[str, Any]]) -> str:
     groups, classes = found[0]["groups"], found[0]["per_class"]
-    rows = [["arm", "runs", "val mIoU", f"{found[0]['split']} mIoU", *groups, "to the first", "95 % interval", "min"]]
+    split = found[0]["split"]
+    val = [] if split == "val" else ["val mIoU"]
+    rows = [["arm", "runs", *val, f"{split} mIoU", *groups, "to the first", "95 % interval", "min"]]
     for line in found:
         interval = "{:+.2f} .. {:+.2f}".format(*line["interval"]) if line.get("interval") else ""
         rows.append([
-            line["arm"], str(len(line["miou"])), _spread(line["val"]), _spread(line["miou"]),
+            line["arm"], str(len(line["miou"])), *(_spread(line["val"]) for _ in val), _spread(line["miou"]),
             *(_spread(values) for values in line["groups"].values()),
             f"{line['difference']:+.2f}" if "difference" in line else "", interval, f"{line['minutes']:.1f}",
         ])  # fmt: skip

@@ -15,7 +15,7 @@ def run(method: str, seed: int, a: Sequence[int], b: Sequence[int] = (0,)) -> Ru
     """Images with so many right pixels of each of two classes, of 100; no pixel of the second if all are 0."""
     rows = [[[right, 100 - right], [100 * any(b) - also, also]] for right, also in zip(a, [*b] * len(a), strict=False)]
     scores = Scores(np.array(rows), tuple(f"{letter}.png" for letter in "qwertzui"[: len(a)]), ("a", "b"))
-    results = {"split": "test", "family": "f", "seconds": 60, "peak_gb": 1}
+    results = {"split": "test", "family": "f", "labelled": 4, "seconds": 60, "peak_gb": 1}
     return Run(method, {"method": {"name": method}}, (seed, 0, 0), results, scores)
 
 

@@ -198,11 +198,14 @@ def test_a_run_from_the_recipe_to_the_model(
     stages = [torch.load(tmp_path / f"run/{s}/checkpoints/last.pt", weights_only=True) for s in ("teacher", "round-1")]
     assert results["seconds"] == pytest.approx(sum(state["progress"]["seconds"] for state in stages) + labelling)
     assert results["val_last"] == stages[1]["progress"]["last"]
+    assert results["stages"] == {
+        s: state["progress"]["best"] for s, state in zip(("teacher", "round-1"), stages, strict=True)
+    }
     assert results["miou"] == results["val_best"]["miou"]
     said = capsys.readouterr().out
     assert "of the pixels have a pseudo-label, of a confidence of at least 0.4" in said
     assert said.count("starts from") == 1
-    assert "crops of an epoch, around places, are cut from images that show" in said
+    assert "with crops around places, of the " in said
     shown = json.loads((tmp_path / "run/round-1/sampling.json").read_text())
     assert shown["samples"] == 12
     assert list(shown["classes"]) == ["ground", "thing", "rare"]

@@ -288,6 +288,13 @@ def test_images_of_other_data(tree: Tree, tmp_path: Path, monkeypatch: pytest.Mo
     both = load(root, extra=["other", str(tmp_path / "third")], labelled="all", format="splits")
     assert stems(both.unlabelled) == ["u", "y", "x", "z"]
     fails("data.extra nowhere is not there", root, extra="nowhere", **options)
+    (tmp_path / "common/other/masks").mkdir()
+    fails(
+        "other has masks in masks, and all its files would be taken: name those of images",
+        root,
+        extra="common/other",
+        **options,
+    )
     fails("share images: name folders of other data, each once", root, extra=["other", "other"], **options)
     fails("share images: name folders of other data, each once", root, extra=str(root), **options)
     fails("share images: name folders of other data, each once", root, extra=str(root.parent), **options)

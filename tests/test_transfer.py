@@ -204,7 +204,10 @@ def test_shares(case: testing.Case) -> None:
     ("text", "sentence"),
     [
         ("floor: ground\nobject: thing\n", "lacks odd: give each of the source's classes a line"),
-        ("floor: ground\nobject: thing\nodd: null\nsky: null\n", "names sky, which the source does not have"),
+        (
+            "floor: ground\nobject: thing\nodd: null\nsky: null\n",
+            "names sky, which is no class of the source; known: floor, object, odd",
+        ),
         (
             "floor: ground\nobject: thin\nodd: null\n",
             r"names thin, which is no class of the data; did you mean thing\?",
@@ -251,7 +254,14 @@ def test_check_looks_at_the_classes(case: testing.Case) -> None:
     case.data()
     path = case.folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(case.recipe().dump()))
-    assert not api.check(path).problems
+    report = api.check(path)
+    assert not report.problems
+    assert report.method[1:] == (
+        "  floor is ground, object is thing",
+        "  new classes, which it does not show: rare",
+        "  not used of it: odd",
+    )
+    assert "source: 6 labelled images\n  floor is ground" in report.text()
     (case.folder / "classes.yml").write_text("floor: grund\nobject: thing\nodd: null\n")
     (problem,) = api.check(path).problems
     assert "names grund, which is no class of the data; did you mean ground?" in problem

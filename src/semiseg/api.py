@@ -345,7 +345,8 @@ def check(source: str | Path, sheet: str | Path | None = None, overrides: Iterab
         base, bare = Path(source).parent, NetworkConfig(weights="random")  # it is data that is looked at
         try:
             found_paths = experiment.resolved(recipe.model_copy(update={"network": bare}), base)
-            methods.find(recipe.method.name, base).look(found_paths.method.options, data)
+            told = methods.find(recipe.method.name, base).look(found_paths.method.options, data)
+            report = replace(report, method=tuple(told))
         except InputError as error:
             report = replace(report, problems=(str(error),))
     if sheet is not None and not report.problems:

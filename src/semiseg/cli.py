@@ -150,6 +150,9 @@ def _print_results(results: Mapping[str, Any]) -> None:
         images = f"{results['images']} {results['split']} images"
         score = "not known, as no mask has a class" if results["miou"] is None else f"{100 * results['miou']:.2f}"
         whose = f" of {results['method']}" if verdict and not verdict["wins"] else ""
+        stages = results.get("stages") or {}
+        if len(stages) > 1 and all(stages.values()):
+            print("val mIoU of the stages: " + ", ".join(f"{n} {100 * s['miou']:.2f}" for n, s in stages.items()))
         print(f"{results['split']} mIoU{whose} {score} on {images}; delivered: {results['delivered']}")
         _print_classes(results["per_class"])
         missed = [name for name, value in results["per_class"].items() if value == 0]

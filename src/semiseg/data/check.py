@@ -64,6 +64,8 @@ class Report:
     """By pool with masks, (C + 1,): pixels of each class, then ignored ones."""
     shown: dict[str, NDArray[np.int64]]
     """By pool with masks, (C + 1,): images that show each class, then images with ignored pixels."""
+    method: tuple[str, ...] = ()
+    """What the method's options mean for the data, in lines."""
 
     def text(self) -> str:
         """The whole report as plain lines."""
@@ -75,6 +77,7 @@ class Report:
             f"sizes (H x W in px): {', '.join(sizes)}{more}",
             "classes, by share of the pixels and images that show them:",
             *self._table(),
+            *self.method,
             *(f"warning: {sentence}" for sentence in self.warnings),
             *(f"problem: {sentence}" for sentence in self.problems),
         ]

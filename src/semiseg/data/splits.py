@@ -192,8 +192,21 @@ def load_data(config: DataConfig, base: Path | None = None) -> Data:
     )
 
 
+MASK_FOLDERS = ("masks", "labels", "annotations", "gtFine", "gtCoarse", "SegmentationClass", "SegmentationClassAug")
+"""Where data sets keep masks."""
+
+
 def _with_extra(found: Found, place: Path, divided: str) -> tuple[Found, str]:
-    """The same with the images of a folder or file of other data as unlabelled ones, and how it is divided in words."""
+    """The same with the images of a folder or file of other data as unlabelled ones, and how it is divided in words.
+
+    Raises:
+        InputError: there is no image, or it is a whole data set, whose masks would be taken for images.
+    """
+    masks = [place / name for name in MASK_FOLDERS if (place / name).is_dir()]
+    if masks:
+        raise InputError(
+            f"data.extra: {place} has masks in {masks[0].name}, and all its files would be taken: name those of images."
+        )
     rows = find_images(place, found.notes)
     found.notes.append(f"The {len(rows)} images of {place} are among the unlabelled ones (data.extra).")
     return replace(found, extra=found.extra + rows), f"{divided} with {len(rows)} further images"

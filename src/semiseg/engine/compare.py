@@ -43,6 +43,8 @@ class Line:
     split: str
     family: str
     runs: int
+    labelled: tuple[int, int]
+    """Fewest and most images with a mask that a run learned from."""
     miou: float
     spread: float | None
     """Standard deviation over the runs; none for one run."""
@@ -73,6 +75,7 @@ def compare(runs: Sequence[Run]) -> list[Line]:
 def _line(label: str, group: list[Run], first: list[Run]) -> Line:
     values = np.array([100 * run.scores.miou for run in group])
     families = list(dict.fromkeys(run.results["family"] for run in group))
+    masks = [run.results["labelled"] for run in group]
     difference = interval = covers = None
     pairs: list[tuple[Run, Run]] = []
     if group is not first:
@@ -92,6 +95,7 @@ def _line(label: str, group: list[Run], first: list[Run]) -> Line:
         split=group[0].results["split"],
         family=families[0] + f", and {len(families) - 1} more" * (len(families) > 1),
         runs=len(group),
+        labelled=(min(masks), max(masks)),
         miou=float(values.mean()),
         spread=float(values.std(ddof=1)) if len(values) > 1 else None,
         difference=difference,
@@ -152,13 +156,14 @@ def _labels(runs: list[Run]) -> list[str]:
 
 def as_markdown(lines: Sequence[Line], per_class: bool = False) -> str:
     """The table for a README or a terminal; per_class: and a second one, with a row a class and a column a line."""
-    rows = [["runs of", "n", "split", "mIoU", "spread", "difference", "95 % interval", "minutes", "GB"]]
+    rows = [["runs of", "n", "masks", "split", "mIoU", "spread", "difference", "95 % interval", "minutes", "GB"]]
     for line in lines:
         interval = f"{line.interval[0]:+.2f} .. {line.interval[1]:+.2f} ({line.covers})" if line.interval else ""
         rows.append(
             [
                 line.label,
                 str(line.runs),
+                "-".join(dict.fromkeys(map(str, line.labelled))),
                 line.split,
                 f"{line.miou:.2f}",
                 "" if line.spread is None else f"{line.spread:.2f}",

@@ -114,8 +114,7 @@ class Report:
         """Sentences for the user."""
         lines = [f"no pseudo-label for {some(self.failed)}: it cannot be read"] if self.failed else []
         counts = np.array(self.confidences)
-        whole = not least and self.labelled == counts.sum()
-        return lines if whole or not counts.any() else [*lines, _told(counts, self.labelled, least)]
+        return [*lines, _told(counts, self.labelled, least)] if counts.any() else lines
 
 
 @dataclass(frozen=True)
@@ -256,7 +255,7 @@ def _told(counts: NDArray[np.int64], labelled: int, least: float) -> str:
     upto = counts.cumsum() / counts.sum()
     tenth, half, most = (int(np.searchsorted(upto, share)) for share in (0.1, 0.5, 0.9))
     spread = (
-        f"a tenth of the pixels are below {tenth / 255:.2f}, half below {half / 255:.2f}, "
+        f"a tenth of the pixels have a confidence below {tenth / 255:.2f}, half below {half / 255:.2f}, "
         f"nine tenths below {most / 255:.2f}"
     )
     if labelled == 0 and not least:
@@ -264,5 +263,7 @@ def _told(counts: NDArray[np.int64], labelled: int, least: float) -> str:
     if labelled == 0:
         keeps = np.floor(100 * max(0.0, half - 0.5) / 255) / 100  # what is stored was rounded to steps of 1 / 255
         return f"NO pixel has a pseudo-label, none reaches a confidence of {least:g}: {spread}; {keeps:.2f} keeps half"
+    if labelled == counts.sum() and not least:
+        return f"every pixel has a pseudo-label ({spread})"
     which = f", of a confidence of at least {least:g}" if least else ""
     return f"{100 * labelled / counts.sum():.1f} % of the pixels have a pseudo-label{which} ({spread})"

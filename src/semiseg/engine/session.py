@@ -188,6 +188,10 @@ class Session:
             total.skipped = report.failed | total.skipped
         return total
 
+    def stages(self) -> dict[str, dict[str, float] | None]:
+        """Step and mIoU of the best evaluation on val of each stage that was trained, by its name; none without val."""
+        return {stage.name: stage._progress().best for stage in self.trained if stage.name}
+
     def starts_from(self, lines: Iterable[str]) -> None:
         """Tells the user what this stage starts from: once, and not where it goes on, as it is no news then."""
         if parallel.rank() == 0 and not any(self.folder.rglob(checkpoint.LAST)):
@@ -365,9 +369,9 @@ class Session:
         }
         write_json(path, {"samples": samples, "classes": table})
         rarest = sorted((name for name in table if table[name]["places"]), key=lambda name: table[name]["alike"])
-        told = (f"{name} {table[name]['drawn']:.1f} instead of {table[name]['alike']:.1f}" for name in rarest[:3])
+        told = (f"{name} {table[name]['drawn']:.1f} (else {table[name]['alike']:.1f})" for name in rarest[:3])
         _say(
-            [f"of the {samples} crops of an epoch, around places, are cut from images that show {', '.join(told)}"]
+            [f"with crops around places, of the {samples} of an epoch so many are of images with {', '.join(told)}"]
             if rarest
             else ["no class has a place in any image: crops are drawn anywhere"]
         )

@@ -60,12 +60,14 @@ class Method(ABC):
     def fit(self, session: Session, data: Data) -> nn.Module:
         """Trains, and returns the network to deliver."""
 
-    @classmethod  # noqa: B027
-    def look(cls, config: Options, data: Data) -> None:
-        """For `semiseg check`: raises InputError where the options do not fit the data; nothing is trained.
+    @classmethod
+    def look(cls, config: Options, data: Data) -> list[str]:
+        """For `semiseg check`: what the options mean for the data, in lines for the user; nothing is trained.
 
-        Only for what training would find later than its first second.
+        Raises:
+            InputError: they do not fit.
         """
+        return []
 
 
 class StepMethod(nn.Module, Method):

@@ -86,6 +86,7 @@ class SelfTraining(Method):
                 "The method labels unlabelled images, and there is none: change data.unlabelled or method."
             )
         net = self._given(c.teacher, data) if c.teacher is not None else self._teacher(session, data)
+        session.starts_from(self.build.report)
         for number in range(1, c.rounds + 1):
             stage = session.stage(f"round-{number}")
             inference = session.inference.model_copy(update={"flip": c.flip, "scales": c.scales})

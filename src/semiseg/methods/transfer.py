@@ -88,6 +88,7 @@ class Transfer(Method):
     def fit(self, session: Session, data: Data) -> nn.Module:
         c = self.config
         source, to = self.source(c, data)
+        session.starts_from(meaning(source, to, data))
         unlabelled = data.unlabelled.without(data.labelled)
         if not len(unlabelled):
             raise InputError(
@@ -123,6 +124,7 @@ class Transfer(Method):
                 f"method.teacher: {self.config.teacher} knows {', '.join(classes)}, but method.source has "
                 f"{', '.join(source.classes)}: name a run on the source."
             )
+        session.starts_from(self.build.report)
         return net
 
     def _load(self, net: nn.Module, first: nn.Module, source: Data, data: Data, to: Sequence[int]) -> list[str]:
@@ -151,9 +153,9 @@ class Transfer(Method):
         return Stream(rows, (Phase(train.crop, train.batch),), mixture=Mixture(tuple(parts)))
 
     @classmethod
-    def look(cls, config: Options, data: Data) -> None:
+    def look(cls, config: Options, data: Data) -> list[str]:
         assert isinstance(config, cls.Config)
-        cls.source(config, data)
+        return meaning(*cls.source(config, data), data)
 
     @staticmethod
     def source(config: Config, data: Data) -> tuple[Data, tuple[int, ...]]:
@@ -199,18 +201,30 @@ def places(path: Path, source: Sequence[str], target: Sequence[str]) -> tuple[in
     if twice:
         raise InputError(f"{path} names {some(twice)} twice: give each of the source's classes one line.")
     lacking = [name for name in source if name not in table]
-    unknown = [name for name in table if name not in source]
-    if lacking or unknown:
-        what = f"lacks {some(lacking)}" if lacking else f"names {some(unknown)}, which the source does not have"
-        raise InputError(f"{path} {what}: give each of the source's classes a line ({', '.join(source)}).")
-    for name in table.values():
-        if name is not None and name not in target:
-            raise InputError(f"{path} names {name}, which is no class of the data; {nearest(name, target)}")
+    wrong = [f"lacks {some(lacking)}: give each of the source's classes a line."] if lacking else []
+    wrong += [f"names {n}, which is no class of the source; {nearest(n, source)}" for n in table if n not in source]
+    strange = [name for name in table.values() if name is not None and name not in target]
+    wrong += [f"names {n}, which is no class of the data; {nearest(n, target)}" for n in strange]
+    if wrong:
+        raise InputError(" ".join(f"{path} {sentence}" for sentence in wrong))
     if not any(name is not None for name in table.values()):
         raise InputError(
             f"{path} gives every class null, so that nothing of the source can be used: name one at least."
         )
     return tuple(IGNORE if (name := table[n]) is None else target.index(name) for n in source)
+
+
+def meaning(source: Data, to: Sequence[int], data: Data) -> list[str]:
+    """What is learned from the source, in lines for the user."""
+    pairs = [(name, data.classes[t]) for name, t in zip(source.classes, to, strict=True) if t != IGNORE]
+    new = [name for i, name in enumerate(data.classes) if i not in to]
+    unused = [name for name, t in zip(source.classes, to, strict=True) if t == IGNORE]
+    return [
+        f"source {source.config.root}: {len(source.labelled)} labelled images",
+        f"  {', '.join(f'{theirs} is {ours}' for theirs, ours in pairs)}",
+        f"  new classes, which it does not show: {', '.join(new) or 'none'}",
+        f"  not used of it: {', '.join(unused) or 'none'}",
+    ]
 
 
 def _known(data: Data, source: Rows) -> Tensor:

@@ -197,6 +197,7 @@ class Build:
                 f"{self.channels}: name a run on images like yours."
             )
         names = tuple(card["classes"])
+        self.report.append(f"{option}: {found}, a network of {card['method']}")
         config = NetworkConfig(**card["network"] | {"weights": str(found)})
         own = replace(self, classes=len(names), names=names, config=config, base=found)
         return own.network().eval(), names
