@@ -292,7 +292,7 @@ def test_images_of_other_data(tree: Tree, tmp_path: Path, monkeypatch: pytest.Mo
     fails(
         "other has masks in masks, and all its files would be taken: name those of images",
         root,
-        extra="common/other",
+        extra="other",
         **options,
     )
     fails("share images: name folders of other data, each once", root, extra=["other", "other"], **options)
