@@ -21,7 +21,7 @@ from semiseg.data.sampling import Stream
 from semiseg.data.splits import Data, load_data
 from semiseg.engine.session import Session, Trainable
 from semiseg.methods import Supervised, Transfer, transfer
-from semiseg.methods.transfer import places
+from semiseg.methods.transfer import class_map
 from semiseg.ops.losses import class_weights
 from semiseg.ops.pseudo import Merge, Pair
 from semiseg.types import IGNORE, InferenceConfig, InputError
@@ -228,7 +228,7 @@ def test_a_wrong_file_of_classes(case: testing.Case, text: str, sentence: str) -
 def test_names_that_yaml_takes_for_something_else(tmp_path: Path) -> None:
     path = tmp_path / "classes.yml"
     path.write_text("0: 1\nno: 'null'\n1.0: null\n")
-    assert places(path, ("0", "no", "1.0"), ("null", "1")) == (1, 0, IGNORE)
+    assert class_map(path, ("0", "no", "1.0"), ("null", "1")) == (1, 0, IGNORE)
 
 
 def test_the_source_is_not_there(case: testing.Case) -> None:

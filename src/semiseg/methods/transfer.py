@@ -174,14 +174,14 @@ class Transfer(Method):
                 f"method.source has images of {source.config.channels} channels, data of {data.config.channels}: "
                 "set channels to the same number in both."
             )
-        to = places(config.classes, source.classes, data.classes)
+        to = class_map(config.classes, source.classes, data.classes)
         masks = source.labelled.read_by(source.code.mapped(to))
         if problems := leaks(replace(data, labelled=masks)):
             raise InputError(f"method.source: {problems[0]}")
         return source, to
 
 
-def places(path: Path, source: Sequence[str], target: Sequence[str]) -> tuple[int, ...]:
+def class_map(path: Path, source: Sequence[str], target: Sequence[str]) -> tuple[int, ...]:
     """The id in the target of each class of the source by a YAML file, or IGNORE.
 
     Raises:
