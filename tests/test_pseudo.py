@@ -190,6 +190,7 @@ def test_two_teachers_neither_of_which_may_decide(net: Net, data: Data, tmp_path
         ("labels/0000/0000001.png", None, "0000001.png or what belongs to it is missing: remove .* to make the labels"),
         ("confidence/0000/0000001.png", None, "0000001.png or what belongs to it is missing"),
         ("report.json", b"{", "report.json is damaged: remove .* to make the labels anew"),
+        ("report.json", b"{}", "report.json is damaged: remove"),
         ("labels.json", b"{", "labels.json is damaged: remove"),
         ("labels.json", None, "holds pseudo-labels, but labels.json is missing: remove the folder to make them anew"),
     ],

@@ -289,6 +289,9 @@ def test_images_of_other_data(tree: Tree, tmp_path: Path, monkeypatch: pytest.Mo
     assert stems(both.unlabelled) == ["u", "y", "x", "z"]
     fails("data.extra nowhere is not there", root, extra="nowhere", **options)
     (tmp_path / "common/other/masks").mkdir()
+    (tmp_path / "common/other/masks/notes.txt").touch()
+    assert stems(load(root, extra="other", **options).unlabelled) == stems(data.unlabelled)
+    (tmp_path / "common/other/masks/x.png").write_bytes((tmp_path / "third/z.jpg").read_bytes())
     fails(
         "other has masks in masks, and all its files would be taken: name those of images",
         root,

@@ -335,7 +335,7 @@ def _resolve(recipe: Recipe, base: Path | None, out: Path) -> tuple[Recipe, _Cod
     """Relative paths made absolute, and the user's own files: code, and what options name beside weights and runs."""
     stored = out / "recipe.yaml"
     recipe = resolved(recipe, base, load_recipe(stored) if stored.exists() else None)
-    options = {name: value for name, value in recipe.method.options}  # noqa: C416
+    options = dict(iter(recipe.method.options))  # dict() alone would call an option that is named `keys`
     networks = [value for value in (recipe.network, *options.values()) if isinstance(value, NetworkConfig)]
     places = [name.rpartition(":")[0] for name in (recipe.method.name, *(some.name for some in networks))]
     files = [code_file(place, base) for place in places if place.endswith(".py")]

@@ -202,7 +202,9 @@ def _with_extra(found: Found, place: Path, divided: str) -> tuple[Found, str]:
     Raises:
         InputError: there is no image, or it is a whole data set, whose masks would be taken for images.
     """
-    masks = [place / name for name in MASK_FOLDERS if (place / name).is_dir()]
+    masks = [
+        f for f in map(place.joinpath, MASK_FOLDERS) if any(p.suffix.lower() in IMAGE_SUFFIXES for p in f.rglob("*"))
+    ]
     if masks:
         raise InputError(
             f"data.extra: {place} has masks in {masks[0].name}, and all its files would be taken: name those of images."

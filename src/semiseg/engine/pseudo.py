@@ -89,7 +89,10 @@ def pseudo_label(
 
 def finished(rows: Rows, data: Data, folder: Path) -> tuple[Rows, "Report"]:
     """What `pseudo_label` returned when it had labelled these rows in this folder."""
-    told = Report(**_read(folder, REPORT))
+    try:
+        told = Report(**_read(folder, REPORT))
+    except TypeError as error:  # of an earlier version, with less in it
+        raise _damaged(folder / REPORT, folder) from error
     good = np.arange(len(rows))
     if told.failed:
         good = good[[str(row.image) not in told.failed for row in rows]]
