@@ -40,7 +40,8 @@ where the gap itself cannot be told from zero.
 
 Networks and images are small and runs take minutes on two CPU cores. That tells methods apart on equal terms; it is
 not what a data set can give, and does not compare with the numbers of papers. Minutes are those of runs that often
-shared the machine with others: how fast methods are beside each other stands on the page about [speed](speed.md).
+shared the machine with others, GB is the most memory that a run's process held, libraries and data included, with the
+code of its day: how fast and how large methods are beside each other stands on the page about [speed](speed.md).
 """
 
 
@@ -63,7 +64,7 @@ def _table(mine: list[dict[str, Any]]) -> str:
     subsets = list(dict.fromkeys(name for x in mine for name in x["subsets"]))
     split = mine[0]["split"]
     head = ["method", "labels", "seeds", *(["val"] if split == "test" else []), split]
-    rows = [[*head, *(name.replace("_", " ") for name in subsets), "to labelled-only", "share of the gap", "min"]]
+    rows = [[*head, *(name.replace("_", " ") for name in subsets), "to labelled-only", "share of the gap", "min", "GB"]]
     for x in mine:
         scores = [_spread(x, "val_best")] if split == "test" else []
         scores += [_spread(x, "miou")]
@@ -76,6 +77,7 @@ def _table(mine: list[dict[str, Any]]) -> str:
             _difference(x),
             _share(x),
             f"{x['minutes']:.0f}",
+            f"{x['gb']:.1f}",
         ]
         rows.append(cells)
     return table(rows)
@@ -149,26 +151,38 @@ def draw(mine: list[dict[str, Any]], path: Path) -> None:
 
 
 def _ranks(found: list[dict[str, Any]]) -> str:
-    """Methods with a score on every ranked data set, the best mean rank first."""
-    settings: dict[str, dict[str, dict[str, float]]] = {data: {} for data in RANKED}
+    """Methods with a score on every ranked data set, the best mean rank first.
+
+    What ranks is the difference to labelled-only over the seeds that both have: means would set a method's few seeds
+    against all of another's, and seeds, with other masks each, differ as much as methods.
+    """
+    settings: dict[str, dict[str, dict[str, dict[str, Any]]]] = {data: {} for data in RANKED}
     for x in found:
-        if x["data"] in RANKED and x["labelled"] == RANKED[x["data"]] and "random" not in x["setting"]:
-            settings[x["data"]].setdefault(x["setting"], {})[x["method"]] = x["miou"]
+        known = x["method"] == "supervised" or x["difference"] is not None
+        if known and x["labelled"] == RANKED.get(x["data"]) and "random" not in x["setting"]:
+            settings[x["data"]].setdefault(x["setting"], {})[x["method"]] = x
     # Scores of two settings do not compare: of several the one counts that most methods have.
     scores = {data: max(of_data.values(), key=len, default={}) for data, of_data in settings.items()}
     complete = [name for name in scores[next(iter(RANKED))] if all(name in scores[data] for data in RANKED)]
     text = "## The default\n\n"
     if len(complete) < 2:
         return text + f"`{DEFAULT}`; too few methods have a score on all of {', '.join(RANKED)} to rank them.\n"
-    values = np.array([[scores[data][name] for data in RANKED] for name in complete])
-    ranks = stats.rankdata(-values, axis=0)
-    order = np.argsort(ranks.mean(1), kind="stable")
+    gains = np.array([[scores[data][name]["difference"] or 0.0 for data in RANKED] for name in complete])
+    ranks = stats.rankdata(-gains, axis=0)
     rows = [["method", *(f"{NAMES[data]}, {count} labels" for data, count in RANKED.items()), "mean rank"]]
-    for i in order:
-        cells = [f"{values[i, j]:.1f} ({ranks[i, j]:g})" for j in range(len(RANKED))]
+    for i in np.argsort(ranks.mean(1), kind="stable"):
+        seeds = [len(scores[data][complete[i]]["seeds"]) for data in RANKED]
+        cells = [f"{gains[i, j]:+.2f} ({ranks[i, j]:g}; {_runs(seeds[j])})" for j in range(len(RANKED))]
         rows.append([complete[i], *cells, f"{ranks[i].mean():.2f}"])
-    text += "Mean mIoU and its rank on each data set, of the methods that have a score on all. "
-    return f"{text}The default is `{DEFAULT}`.\n\n{table(rows)}\n"
+    text += (
+        "What each method gains over labelled-only (paired over seeds), its rank on each data set and the runs behind\n"
+        f"it, of the methods that have a score on all. The default is `{DEFAULT}`.\n\n"
+    )
+    return f"{text}{table(rows)}\n"
+
+
+def _runs(count: int) -> str:
+    return "1 run" if count == 1 else f"{count} runs"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
