@@ -126,6 +126,9 @@ def test_methods(semiseg: Command) -> None:
         assert f"{method.paper}\n" in text
         assert plain[name].keys() == methods.describe(method).keys()
         assert all(f"method.{option} = " in text for option in plain[name])
+    assert semiseg("methods", "u2pl").out in text
+    assert json.loads(semiseg("methods", "st", "u2pl", "--json").out) == {name: plain[name] for name in ("st", "u2pl")}
+    assert "did you mean u2pl" in semiseg("methods", "u2p").sentence
 
 
 # ---- from a folder to a model ------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from semiseg.engine.log import Log, peak_memory
+from semiseg.engine.log import Log, peak_memory, tracked
 from semiseg.files import write_json, write_text
 
 
@@ -115,3 +115,12 @@ def test_json_is_replaced_at_once_and_has_no_nan(tmp_path: Path) -> None:
 
 def test_memory_is_plausible() -> None:
     assert 0.05 < peak_memory() < 1000
+
+
+def test_how_far_it_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where there is no terminal, a line a minute and none of what is done sooner."""
+    assert list(tracked(iter("abc"), "predicting", 3)) == ["a", "b", "c"]
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr("semiseg.engine.log.PAUSE", -1.0)
+    assert list(tracked(iter("abc"), "predicting", 3)) == ["a", "b", "c"]
+    assert capsys.readouterr().out.splitlines() == [f"predicting: {number} of 3 images" for number in range(3)]

@@ -261,14 +261,18 @@ def export(
 
 
 @app.command()
-def methods(as_json: Json = False) -> None:
+def methods(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="These only.")] = None,
+    as_json: Json = False,
+) -> None:
     """List the methods, each with its paper, its options and their defaults."""
-    from semiseg.methods import DEFAULT, METHODS, describe
+    from semiseg.methods import DEFAULT, METHODS, describe, find
 
+    chosen = {name: find(name) for name in names or METHODS}
     if as_json:
-        print(json.dumps({name: describe(method) for name, method in METHODS.items()}))
+        print(json.dumps({name: describe(method) for name, method in chosen.items()}))
         return
-    for name, method in METHODS.items():
+    for name, method in chosen.items():
         print(f"{name}{' (default)' if name == DEFAULT else ''}: {method.paper}")
         for option, (default, text) in describe(method).items():
             print(f"  method.{option} = {default}" + (f"  # {text}" if text else ""))

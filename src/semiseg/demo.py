@@ -36,7 +36,7 @@ data:    {format: splits, labelled: 8, scale: [0.75, 1.5]}
 network: {name: fpn, encoder: test_resnet, weights: random, encoder_options: {norm_layer: groupnorm1},
           options: {decoder_pyramid_channels: 64, decoder_segmentation_channels: 32}}
 optim:   {lr: 0.003, head_lr: 1}
-train:   {steps: 350, batch: 4, crop: [64, 96], device: cpu, channels_last: true, threads: 1, workers: 0,
+train:   {steps: 350, batch: 4, crop: [64, 96], device: cpu, threads: 1, workers: 0,
           log_every: 25, save_every: 100}
 """
 """The recipe of all runs, but for method and seed. Group norm, because a batch of 4 is small for batch norm."""

@@ -287,7 +287,6 @@ def _choices(data: Data, survey: Survey, device: torch.device) -> dict[str, Line
                 f"(height, width) in px of a training sample; images are typically {high} high and {wide} wide",
             ),
             "precision": ("bf16" if bf16 else "fp32", few),
-            "channels_last": (True, "the faster memory layout of convolutions"),
         },
     }
 

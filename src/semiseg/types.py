@@ -228,7 +228,8 @@ class TrainConfig(Options):
     seed: Annotated[int, Field(ge=0)] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["bf16", "fp32"] = "fp32"
-    channels_last: bool = False
+    channels_last: bool = True
+    """Memory layout of the convolutions: the faster one, or torch's usual one."""
     compile: bool = False
     """Through torch.compile: the first step takes minutes, and so does the first of each other size of crops."""
     threads: Annotated[int, Field(ge=0)] = 0

@@ -1,6 +1,5 @@
 """From image files to mask files at the images' own sizes: resumable, each file written at once."""
 
-import sys
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from rich.progress import track
 from torch import Tensor
 
 from semiseg import parallel
@@ -19,6 +17,7 @@ from semiseg.data.formats import read_image, write_mask, write_planes
 from semiseg.data.packed import File
 from semiseg.data.splits import IMAGE_SUFFIXES
 from semiseg.engine.evaluate import Network, ahead, probabilities, to_tensor
+from semiseg.engine.log import tracked
 from semiseg.files import replacing
 from semiseg.ops.pseudo import Pair
 from semiseg.ops.resize import resize
@@ -171,7 +170,7 @@ def run_jobs(
             return error
 
     def predicted() -> Iterator[tuple[Job, NDArray[np.generic], Prediction]]:
-        shown = track(ahead(read, mine), title, len(mine), transient=True, disable=not sys.stdout.isatty())
+        shown = tracked(ahead(read, mine), title, len(mine))
         for number, image in zip(mine, shown, strict=True):
             job = jobs[number]
             if isinstance(image, InputError):

@@ -4,7 +4,6 @@ Yang et al., CVPR 2022 (ST++): the mean IoU of what earlier snapshots saw in an 
 """
 
 import json
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.progress import track
 from torch import nn
 
 from semiseg import parallel
@@ -22,6 +20,7 @@ from semiseg.data.formats import read_image
 from semiseg.data.rows import Row, Rows
 from semiseg.data.splits import Data
 from semiseg.engine.evaluate import ahead
+from semiseg.engine.log import tracked
 from semiseg.engine.predict import Predictor
 from semiseg.engine.pseudo import differing, fingerprint, weights_hash
 from semiseg.files import write_json
@@ -111,7 +110,7 @@ def _scores(predictors: Sequence[Predictor], rows: Rows) -> tuple[list[float | N
             return error
 
     mine = rows[parallel.rank() :: parallel.world()]
-    shown = track(ahead(read, mine), "ranking", len(mine), transient=True, disable=not sys.stdout.isatty())
+    shown = tracked(ahead(read, mine), "ranking", len(mine))
     scores: list[float | None] = []
     failed: dict[str, str] = {}
     for row, image in zip(mine, shown, strict=True):
