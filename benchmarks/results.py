@@ -160,7 +160,9 @@ def _ranks(found: list[dict[str, Any]]) -> str:
     for x in found:
         known = x["method"] == "supervised" or x["difference"] is not None
         if known and x["labelled"] == RANKED.get(x["data"]) and "random" not in x["setting"]:
-            settings[x["data"]].setdefault(x["setting"], {})[x["method"]] = x
+            of_setting = settings[x["data"]].setdefault(x["setting"], {})
+            assert x["method"] not in of_setting, f"two recipes of {x['method']} on {x['data']}: which one is ranked?"
+            of_setting[x["method"]] = x
     # Scores of two settings do not compare: of several the one counts that most methods have.
     scores = {data: max(of_data.values(), key=len, default={}) for data, of_data in settings.items()}
     complete = [name for name in scores[next(iter(RANKED))] if all(name in scores[data] for data in RANKED)]
@@ -170,13 +172,17 @@ def _ranks(found: list[dict[str, Any]]) -> str:
     gains = np.array([[scores[data][name]["difference"] or 0.0 for data in RANKED] for name in complete])
     ranks = stats.rankdata(-gains, axis=0)
     rows = [["method", *(f"{NAMES[data]}, {count} labels" for data, count in RANKED.items()), "mean rank"]]
-    for i in np.argsort(ranks.mean(1), kind="stable"):
-        seeds = [len(scores[data][complete[i]]["seeds"]) for data in RANKED]
-        cells = [f"{gains[i, j]:+.2f} ({ranks[i, j]:g}; {_runs(seeds[j])})" for j in range(len(RANKED))]
+    order = np.argsort(ranks.mean(1), kind="stable")
+    for i in order:
+        of_method = [scores[data][complete[i]] for data in RANKED]
+        runs = [x["pairs"] if x["difference"] is not None else len(x["seeds"]) for x in of_method]
+        cells = [f"{gains[i, j]:+.2f} ({ranks[i, j]:g}; {_runs(runs[j])})" for j in range(len(RANKED))]
         rows.append([complete[i], *cells, f"{ranks[i].mean():.2f}"])
     text += (
         "What each method gains over labelled-only (paired over seeds), its rank on each data set and the runs behind\n"
-        f"it, of the methods that have a score on all. The default is `{DEFAULT}`.\n\n"
+        f"it, of the methods that have a score on all. The default is `{DEFAULT}`"
+        + f"; `{complete[order[0]]}` ranks first" * (complete[order[0]] != DEFAULT)
+        + ".\n\n"
     )
     return f"{text}{table(rows)}\n"
 

@@ -767,7 +767,7 @@ def test_curves_and_ranks(tmp_path: Path) -> None:
     def line(data: str, method: str, labelled: int, miou: float) -> dict[str, Any]:
         shared = {"data": data, "setting": "tiny", "split": "test", "masks": 400, "seeds": [0, 1], "subsets": {}}
         shared |= {"val_best": 50.0, "val_best_spread": 1.0, "miou_spread": 1.0, "minutes": 3.0, "gap_pairs": 1}
-        shared |= {"interval": None, "gap_closed": 0.5, "gap_interval": None, "gb": 1.0}
+        shared |= {"interval": None, "gap_closed": 0.5, "gap_interval": None, "gb": 1.0, "pairs": 2}
         shared |= {"difference": None if method == "supervised" else miou - 45}
         return {"method": method, "labelled": labelled, "miou": miou, **shared}
 
@@ -792,6 +792,7 @@ def test_curves_and_ranks(tmp_path: Path) -> None:
         "u2pl is not everywhere"
     )
     assert ranks[1].rstrip(" |").endswith("1.33")
+    assert "default is `fixmatch`; `supervised` ranks first" in text
 
 
 RANKED = {"supervised": 52.0, "fixmatch": 44.0}  # a gain of 3 on CamVid, losses of 1 elsewhere

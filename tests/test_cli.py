@@ -24,8 +24,10 @@ from PIL import Image
 from semiseg import api, cli, experiment, methods
 from semiseg.config import Recipe
 from semiseg.engine import session
+from semiseg.engine.evaluate import joined, load_scores
 from semiseg.files import LOCK, sweep
 from semiseg.methods import FixMatch, Supervised
+from semiseg.networks.weights import copy_model
 from semiseg.types import Clock, InputError, Options
 
 Command = Callable[..., Any]
@@ -384,6 +386,26 @@ def test_a_method_in_a_file_elsewhere(semiseg: Command, recipe: Path, tmp_path: 
     code.unlink()
     assert semiseg("evaluate", "own").code == 0
     assert semiseg("compare", "own").code == 0
+    code.write_text("from semiseg.methods.supervised import Supervised as Mine  # another\n")
+    assert semiseg("train", recipe, "-o", "other", "method=code/mine.py:Mine", "train.steps=4").code == 0
+    lines = json.loads(semiseg("compare", "own", "other", "--json").out)
+    assert [line["runs"] for line in lines] == [1, 1], "no two draws of one recipe"
+    assert all("code=" in line["label"] for line in lines)
+
+
+def test_files_of_a_run_that_are_gone_or_damaged(semiseg: Command, home: Path, tmp_path: Path) -> None:
+    run = tmp_path / "copy"
+    shutil.copytree(home / "run", run)
+    results = (run / "results.json").read_text()
+    (run / "results.json").write_text(results[:40])
+    assert "results.json is damaged" in semiseg("compare", run).sentence
+    (run / "results.json").write_text(results)
+    (run / "results.npz").write_bytes(b"PK")
+    assert "results.npz is damaged" in semiseg("compare", run).sentence
+    (run / "results.npz").unlink()
+    assert "results.npz is missing: finish the run" in semiseg("compare", run).sentence
+    with pytest.raises(InputError, match=r"model\.safetensors is missing: remove"):
+        copy_model(tmp_path / "nowhere/model", run / "model")
 
 
 def test_what_a_killed_process_was_writing_goes(tmp_path: Path) -> None:
@@ -419,7 +441,7 @@ def test_masks_without_any_class(semiseg: Command, recipe: Path, scenes: Path) -
 
 
 def test_compare_folds(semiseg: Command, recipe: Path, flat: Path, drawn: Path) -> None:
-    """The folds of a recipe are one line, paired with those of another one."""
+    """The folds of a recipe are one line, of all images together, and paired with those of another one."""
     shutil.copy(drawn / "classes.json", flat)
     recipe.write_text(recipe.read_text().replace("splits", "folder, folds: 2").replace("/scenes", f"/{flat.name}"))
     runs = [f"{method}-{fold}" for method in ("supervised", "fixmatch") for fold in (0, 1)]
@@ -427,10 +449,10 @@ def test_compare_folds(semiseg: Command, recipe: Path, flat: Path, drawn: Path) 
         method, fold = run.split("-")
         assert semiseg("train", recipe, "-o", run, f"method={method}", f"data.fold={fold}", "train.steps=4").code == 0
     base, other = json.loads(semiseg("compare", *runs, "--json").out)
-    assert (base["runs"], other["runs"], other["covers"]) == (2, 2, "folds")
+    assert (base["runs"], other["runs"], other["pairs"], other["spread"]) == (2, 2, 1, None)
     assert other["difference"] == pytest.approx(other["miou"] - base["miou"])
-    assert "fold 0 of 2" in base["family"]
-    assert base["family"].endswith(", and 1 more")
+    assert other["miou"] == pytest.approx(100 * joined([load_scores(Path(r, "results.npz")) for r in runs[2:]]).miou)
+    assert "in 2 folds" in base["family"]
     apart = json.loads(semiseg("compare", runs[0], runs[3], "--json").out)[1]
     assert (apart["difference"], apart["interval"]) == (None, None), "other images were scored"
 

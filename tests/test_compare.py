@@ -2,13 +2,15 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from semiseg.engine.compare import Run, as_markdown, as_plain, compare
-from semiseg.engine.evaluate import Scores
+from semiseg.engine.evaluate import Scores, joined
 from semiseg.engine.intervals import classes_over_images, over_training
+from semiseg.types import InputError
 
 
 def run(method: str, seed: int, a: Sequence[int], b: Sequence[int] = (0,)) -> Run:
@@ -40,6 +42,65 @@ def test_classes_over_images() -> None:
     assert line.covers == "images"
     assert [line.per_class[name].interval for name in "ab"] == classes_over_images(two.scores, one.scores)
     assert line.per_class["a"].interval is not None
+
+
+def test_a_copy_counts_once() -> None:
+    """And never as another seed, which would narrow the interval; another run of the same seed is none either."""
+    right = [30, 40, 50, 60, 70, 80]
+    one, two = run("one", 0, right), run("two", 0, [n + 9 for n in right])
+    plain, copied = compare([one, two]), compare([one, two, replace(two, name="copy"), replace(one, name="copy")])
+    assert as_plain(copied) == as_plain(plain)
+    with pytest.raises(InputError, match="two and two are runs of one recipe with the same seeds and other scores"):
+        compare([one, two, run("two", 0, [n + 8 for n in right])])
+
+
+def test_other_masks_are_no_pair() -> None:
+    """Their names are the same."""
+    one, two = run("one", 0, [30, 40], [50]), run("two", 0, [50, 60], [50])
+    other = replace(two, scores=replace(two.scores, confusions=2 * two.scores.confusions))
+    assert compare([one, two])[1].pairs == 1
+    line = compare([one, other])[1]
+    assert (line.pairs, line.difference) == (0, None)
+    assert "two: no run with the seeds of one of the first line, scored on the same masks" in as_markdown([line, line])
+
+
+def test_seeds_without_a_partner_are_said() -> None:
+    runs = [run("one", seed, [30 + seed]) for seed in range(2)] + [run("two", seed, [40 + seed]) for seed in range(4)]
+    lines = compare(runs)
+    assert (lines[1].runs, lines[1].pairs) == (4, 2)
+    assert "two: the difference is that of the 2 seeds which the first line has too" in as_markdown(lines)
+    assert "difference is that of" not in as_markdown(compare([*runs[:2], *runs[2:4]]))
+
+
+def test_all_folds_are_scored_together() -> None:
+    """As the verdict does, and not as a mean over folds; some of them alone are runs as any."""
+
+    def fold(number: int, right: int, also: int) -> Run:
+        plain = run("one", 0, [right], [also])
+        scores = replace(plain.scores, names=(f"{number}.png",))
+        options = {"method": {"name": "one"}, "data": {"folds": 2}}
+        results = dict(plain.results) | {"family": f"f fold {number} of 2, all 4"}
+        return replace(plain, options=options, seeds=(0, 0, number), results=results, scores=scores)
+
+    folds = [fold(0, 30, 0), fold(1, 60, 90)]
+    (line,) = compare(folds)
+    whole = joined([one.scores for one in folds])
+    assert (line.runs, line.spread, line.family) == (2, None, "f in 2 folds, all 4")
+    assert line.miou == pytest.approx(100 * whole.miou)
+    assert line.miou != pytest.approx(np.mean([100 * one.scores.miou for one in folds]))
+    assert (line.minutes, compare(folds[:1])[0].minutes) == (2, 1)
+    assert compare(folds[:1])[0].family == "f fold 0 of 2, all 4"
+    three = [replace(one, options={"method": {"name": m}, "data": {"folds": 3}}) for m in ("a", "b") for one in folds]
+    some = compare(three)[1]
+    assert (some.runs, some.pairs, some.covers, some.spread) == (2, 2, "folds", pytest.approx(some.spread))
+
+
+def test_cells_that_would_break_the_table() -> None:
+    text = as_markdown(compare([run("a|b", 0, [30])]))
+    assert "| a\\|b " in text
+    empty = run("one", 0, [30])
+    nothing = replace(empty, scores=replace(empty.scores, confusions=0 * empty.scores.confusions))
+    assert "nan" not in as_markdown(compare([nothing, replace(nothing, options={"method": {"name": "two"}})]))
 
 
 def test_the_table_of_classes() -> None:

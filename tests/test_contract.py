@@ -2,6 +2,7 @@
 
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,17 @@ def test_thresholds_that_follow_the_teacher(check: Callable[[Case], None], tmp_p
 @every_method
 def test_unlabelled_images_matter(method: str, tmp_path: Path) -> None:
     testing.check_unlabelled(case_of(method, tmp_path), used=method not in WITHOUT_UNLABELLED)
+
+
+@every_method
+def test_pools_smaller_than_a_batch(method: str, tmp_path: Path) -> None:
+    """One labelled image, and fewer unlabelled images than labelled ones."""
+    case = case_of(method, tmp_path)
+    data = case.data()
+    for name, labelled, unlabelled in (("one-labelled", 1, 6), ("one-unlabelled", 4, 1)):
+        few = replace(data, labelled=data.labelled[:labelled], unlabelled=data.unlabelled[:unlabelled])
+        found = testing.run(case, name, data=few, steps=2, batch=8)
+        assert all(tensor.isfinite().all() for tensor in found.net.values() if tensor.is_floating_point())
 
 
 @every_method
@@ -353,7 +365,7 @@ def outsider(folder: Path, sin: str = "", name: str = "Good") -> Case:
 
 
 def test_an_outsiders_method_keeps_the_contract(tmp_path: Path) -> None:
-    testing.check(outsider(tmp_path), idle={"kind": "a word that nothing reads"})
+    testing.check_method(outsider(tmp_path), idle={"kind": "a word that nothing reads"})
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,12 @@
 """DPT on plain vision transformers: sizes, parameters, and what its parts give."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from semiseg.methods import U2PL, UniMatchV2
@@ -77,8 +81,9 @@ def test_parameters_of_dinov2_base() -> None:
 @pytest.mark.parametrize(
     ("encoder", "sentence"),
     [
-        ("resnet18", "network.encoder: resnet18 is no plain vision transformer, which dpt is for"),
+        ("resnet18", "network.encoder: resnet18 is no plain vision transformer with square patches, which dpt is for"),
         ("mobilenetv2_100", "is no plain vision transformer"),
+        ("vit_small_r26_s32_224", "is no plain vision transformer with square patches"),
     ],
 )
 def test_other_encoders(encoder: str, sentence: str) -> None:
@@ -99,6 +104,46 @@ def test_other_encoders(encoder: str, sentence: str) -> None:
 def test_wrong_options(options: dict[str, object], sentence: str) -> None:
     with pytest.raises(InputError, match=sentence):
         build(**options).network()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"patch_size": (14, 7)}, "is no plain vision transformer with square patches"),
+        ({"foo": 1}, r"^network\.encoder_options: test_vit has no foo; remove it\.$"),
+    ],
+)
+def test_wrong_options_of_the_encoder(options: dict[str, Any], sentence: str) -> None:
+    config = NetworkConfig(name="dpt", encoder="test_vit", weights="random", encoder_options=options)
+    with pytest.raises(InputError, match=sentence):
+        Build(5, 3, config, OptimConfig()).network()
+
+
+def test_weights_for_other_patches_or_images(tmp_path: Path) -> None:
+    """Patches of another size are another network's; positions are resampled, as timm does."""
+    model = timm.create_model("vit_small_patch16_224", num_classes=0, **TINY | {"img_size": 64})
+    torch.nn.init.normal_(model.pos_embed)
+    save_file(model.state_dict(), tmp_path / "vit.safetensors")
+
+    def start(encoder: str, side: int) -> Build:
+        config = NetworkConfig(
+            name="dpt",
+            encoder=encoder,
+            weights="vit.safetensors",
+            encoder_options=TINY | {"img_size": side},
+            options={"width": 16, "channels": [8, 8, 16, 16]},
+        )
+        return Build(5, 3, config, OptimConfig(), base=tmp_path)
+
+    with pytest.raises(InputError, match=r"network\.weights: .*vit\.safetensors has patches of 16x16 px, .* of 14x14"):
+        start("vit_small_patch14_dinov2", 56).network()
+    larger = start("vit_small_patch16_224", 128)
+    place = larger.parts().encoder.model.pos_embed.detach()
+    assert any("resampled: pos_embed from 17 to 65 places" in line for line in larger.report)
+    grid = model.pos_embed.detach()[:, 1:].reshape(1, 4, 4, -1).permute(0, 3, 1, 2)
+    finer = torch.nn.functional.interpolate(grid, (8, 8), mode="bicubic", antialias=True)
+    assert torch.allclose(place[:, 1:].transpose(1, 2), finer.flatten(2), atol=1e-6)
+    assert torch.equal(place[:, :1], model.pos_embed[:, :1])
 
 
 def test_methods_that_need_parts() -> None:

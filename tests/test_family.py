@@ -1,5 +1,7 @@
-"""CPS, UniMatch and UniMatch V2: the loss of a step against one written down slowly, and what perturbs what."""
+"""FixMatch, CPS, UniMatch and UniMatch V2: a step against one that is written down slowly, and what perturbs what."""
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -8,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from semiseg.methods import CPS, UniMatch, UniMatchV2
+from semiseg.methods import CPS, FixMatch, UniMatch, UniMatchV2
+from semiseg.networks import deeplabv2
 from semiseg.networks.factory import Build, NetworkConfig, OptimConfig
+from semiseg.networks.weights import save_model
 from semiseg.ops.colour import strong
 from semiseg.ops.dropout import ComplementaryDropout
 from semiseg.ops.mix import cutmix_box, mix
@@ -64,6 +68,37 @@ def kept(net: nn.Module) -> list[Tensor]:
     return [w.detach().clone() for w in net.parameters()]
 
 
+# ---- FixMatch --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("forward", ["apart", "joint"])
+def test_fixmatch(forward: str) -> None:
+    """The update is the gradient of half the labelled loss and half that to the teacher's confident labels."""
+    method, given = method_of(FixMatch, forward=forward, weight=1.5), batches(1)
+    labelled, unlabelled, net = given["labelled"], given["unlabelled"], method.student
+    confidence, label = method.teacher(unlabelled.image).softmax(1).max(1)
+    confident = confident_half(method, confidence) & unlabelled.valid
+    assert 0 < confident.sum() < unlabelled.valid.sum()
+    c, u = method.config, unlabelled.view(0)
+    image = strong(unlabelled.image, u, c.jitter, blur_probability=c.blur, sigma=c.sigma)
+    box = cutmix_box(u, (SIZE, SIZE), c.cutmix_area, c.cutmix)
+    image, *mixed = mix(box, unlabelled.partner, image, label, confident, unlabelled.valid)
+    logits, logits_strong = (
+        net(torch.cat([labelled.image, image])).split([4, 4])
+        if forward == "joint"
+        else (net(labelled.image), net(image))
+    )
+    known = labelled.mask != IGNORE
+    unsure = nats(logits_strong, *mixed)
+    gradient = gradient_of(net, 0.5 * nats(logits, labelled.mask, known, known) + 0.5 * 1.5 * unsure)
+    before = kept(net)
+    scalars = method.step(START, **given)
+    assert scalars["loss_unlabelled"].item() == pytest.approx(unsure.item())
+    assert same_update(before, net, gradient)
+    assert all(torch.equal(a, b) for a, b in zip(method.teacher.parameters(), net.parameters(), strict=True))
+    assert method.predictor() is method.teacher
+
+
 # ---- CPS -------------------------------------------------------------------------------------------------------------
 
 
@@ -109,6 +144,33 @@ def test_cps_is_symmetric() -> None:
     assert a["loss"].item() == pytest.approx(b["loss_second"].item())
     assert a["agreement"].item() == b["agreement"].item()
     assert one.predictor() is one.first
+
+
+@pytest.mark.parametrize("weights", ["random", "run", "released"])
+def test_the_networks_of_cps_differ(weights: str, tmp_path: Path) -> None:
+    """Also where a run or a file has weights of the whole network: two that are one learn nothing from each other."""
+    names = tuple("abc")
+    options: dict[str, Any] = {"name": "fpn", "options": {"decoder_dropout": 0.0}}
+    if weights == "released":
+        options = {"name": "deeplabv2"}
+    plain = Build(CLASSES, 3, NetworkConfig(encoder="test_resnet", weights="random", **options), OptimConfig())
+    config = plain.config
+    if weights == "run":
+        card = {"network": config.model_dump(mode="json"), "classes": names, "channels": 3}
+        save_model(tmp_path / "run/model", plain.network(7).state_dict(), card)
+        config = config.model_copy(update={"weights": "run"})
+    if weights == "released":
+        net = plain.parts(7)
+        tensors = {name.removeprefix("model."): t for name, t in net.encoder.state_dict().items()}
+        heads = {name: t.clone() for name, t in deeplabv2.head_names(net.head).items()}
+        torch.save(tensors | heads, tmp_path / "released.pth")
+        config = config.model_copy(update={"weights": "released.pth"})
+    build = replace(plain, config=config, base=tmp_path, names=names)
+    method = CPS(CPS.Config(), build)
+    one, other = method.first.state_dict(), method.second.state_dict()
+    assert not all(torch.equal(t, other[name]) for name, t in one.items() if name.startswith("head."))
+    if weights != "random":
+        assert all(torch.equal(t, other[name]) for name, t in one.items() if name.startswith("encoder."))
 
 
 # ---- UniMatch --------------------------------------------------------------------------------------------------------
@@ -159,6 +221,17 @@ def test_unimatch() -> None:
     assert scalars["loss_strong"].item() == pytest.approx((sum(parts) / 2).item())
     assert scalars["loss_features"].item() == pytest.approx(features_loss.item())
     assert same_update(before, net, gradient)
+
+
+def test_whole_features_are_a_plain_forward() -> None:
+    """Beside the perturbed ones, the others give what a forward alone gives (methods.md, case 37)."""
+    method, given = method_of(UniMatch).eval(), batches(2)
+    both = torch.cat([given["labelled"].image, given["unlabelled"].image])
+    with torch.no_grad():
+        labelled, weak, features = method._weak(both, 4)
+        assert torch.allclose(torch.cat([labelled, weak]), method.student(both), atol=1e-12)
+    method.train()
+    assert not torch.equal(method._weak(both, 4)[2], features)
 
 
 def weights_of(kind: Any) -> float:

@@ -1,4 +1,7 @@
-"""Every method that is one loop of steps with every decoder of the factory, and with a frozen encoder: one step."""
+"""Every method that is one loop of steps with every decoder, optimiser and rate, and with a frozen encoder: one step.
+
+Methods in stages (self-training, ST, ST++, transfer) train each network through one of these loops.
+"""
 
 from typing import Any
 
@@ -44,11 +47,10 @@ def step(method: Any) -> dict[str, torch.Tensor]:
     return scalars
 
 
-def made(method: str, network: NetworkConfig) -> Any:
+def made(method: str, network: NetworkConfig, **optim: Any) -> Any:
     kind = STEPS[method]
-    return kind(
-        kind.Config(**(OPTIONS[method] if method in OPTIONS else {})), Build(CLASSES, 3, network, OptimConfig())
-    )
+    config = kind.Config(**(OPTIONS[method] if method in OPTIONS else {}))
+    return kind(config, Build(CLASSES, 3, network, OptimConfig(**optim)))
 
 
 @pytest.mark.parametrize("decoder", _NAMES)
@@ -75,6 +77,18 @@ def test_a_frozen_encoder(method: str) -> None:
             assert torch.equal(tensor, before[name]), name
     assert not torch.equal(found.predictor().head.weight, before["head.weight"])
     assert all(len(optimizer.param_groups) == 1 for optimizer in found.optimizers.values())
+
+
+@pytest.mark.parametrize("method", STEPS)
+def test_rates_by_layers_with_sgd(method: str) -> None:
+    """The encoder's layers learn at rates of their own, and all of them learn."""
+    found = made(method, config("fpn"), name="sgd", lr=0.01, head_lr=5, layer_decay=0.5)
+    before = {name: tensor.clone() for name, tensor in found.predictor().named_parameters()}
+    groups = next(iter(found.optimizers.values())).param_groups
+    assert [group["peak_lr"] for group in groups] == pytest.approx([0.01 * 0.5**n for n in (5, 4, 3, 2, 1)] + [0.05])
+    step(found)
+    changed = {n for n, weight in found.predictor().named_parameters() if not torch.equal(weight, before[n])}
+    assert {"encoder.model.conv1.0.weight", "encoder.model.layer4.0.conv1.weight", "head.weight"} <= changed
 
 
 def test_a_network_without_an_encoder(tmp_path: Any) -> None:

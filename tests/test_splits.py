@@ -365,6 +365,7 @@ def test_data_with_own_splits_is_not_divided_again(tree: Tree) -> None:
         {"split": (0.0, 0.5, 0.5)},
         {"split": (0.8, 0.2, 0.0), "folds": 2},
         {"folds": 3, "fold": 3},
+        {"folds": 3, "labelled": 4},
         {"fold": 1},
         {"group": True},
         {"labelled": 0},

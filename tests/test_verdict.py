@@ -4,6 +4,7 @@ import json
 import shutil
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,10 @@ def test_folds_are_scored_together() -> None:
 def test_masks_without_any_class_give_no_verdict() -> None:
     nothing = Trained(Scores(np.zeros((10, 2, 2), np.int64), PHOTOS, ("a", "b")), None)
     assert judge([(nothing, nothing)], "fixmatch", "test") is None
+    verdict = judge([(replace(nothing, val=0.5), replace(nothing, val=0.6))], "fixmatch", "test")
+    assert verdict.words == "No verdict: no mask of test has a class."
+    assert (verdict.wins, verdict.interval) == (False, None)
+    assert verdict.why == "Delivered: the labelled-only model; val has 60.00 -> 50.00."
 
 
 # ----------------------------------------------------------------------------------------------------------------- runs
@@ -357,6 +362,29 @@ def test_data_that_has_changed_between_the_two_trainings(semiseg: Command, recip
     for kind in ("images", "masks"):
         next((scenes / kind / "test").iterdir()).unlink()
     assert "the data has changed" in semiseg("train", recipe, "-o", "run", "baseline=true", "train.steps=2").sentence
+
+
+def test_masks_that_have_changed_between_the_two_trainings(semiseg: Command, recipe: Path, scenes: Path) -> None:
+    """The names of the images are the same."""
+    words = ("train", recipe, "-o", "run", "baseline=true", "train.steps=2")
+    assert semiseg(*words).code == 0
+    Path("run/results.json").unlink()
+    mask = next((scenes / "masks/test").iterdir())
+    Image.fromarray(1 - np.minimum(np.array(Image.open(mask)), 1)).save(mask)
+    assert "the data has changed since the run began" in semiseg(*words).sentence
+
+
+def test_masks_that_come_between_two_folds(semiseg: Command, recipe: Path, flat: Path, drawn: Path) -> None:
+    """Folds are drawn anew then: some masks would be scored twice, some never."""
+    shutil.copy(drawn / "classes.json", flat)
+    recipe.write_text(recipe.read_text().replace("splits", "folder, folds: 2").replace("/scenes", f"/{flat.name}"))
+    words = ("train", recipe, "-o", "run", "train.steps=2", "baseline=false")
+    assert semiseg(*words).code == 0
+    for part in ("run", "run/fold-1", "run/final"):
+        Path(part, "results.json").unlink()
+    bare = next(path for path in sorted((flat / "images").iterdir()) if not (flat / "masks" / path.name).exists())
+    shutil.copy(next((flat / "masks").iterdir()), flat / "masks" / bare.name)
+    assert "run/fold-0 was scored on other images than there are now" in semiseg(*words).sentence
 
 
 def test_folds(semiseg: Command, recipe: Path, flat: Path, drawn: Path) -> None:

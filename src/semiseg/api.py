@@ -1,5 +1,7 @@
 """Train, evaluate, predict, compare and export from Python; the command line calls these and prints."""
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -396,22 +398,38 @@ def compare(runs: Sequence[str | Path]) -> list[comparing.Line]:
     """One line for each recipe among the runs; runs that differ in their seeds and folds only are one recipe's.
 
     Raises:
-        InputError: a run is not finished.
+        InputError: a run is not finished, or has no score, or a file of it is damaged.
     """
     found = []
     parts = [part for run in runs for part in _trainings(Path(run))]
     for folder in {part.resolve(): part for part in parts}.values():  # a training counts once
-        if not (folder / "results.npz").is_file():
+        try:
+            results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(
+                f"{folder / 'results.json'} is damaged ({error}): remove it, and the same `semiseg train` command "
+                "writes it again."
+            ) from error
+        if results["split"] is None:
             raise InputError(f"{folder} has no score to compare, as its data has neither val nor test: leave it out.")
         scores = evaluating.load_scores(folder / "results.npz")
-        results = yaml.safe_load((folder / "results.json").read_text(encoding="utf-8"))
         options = load_recipe(folder / "recipe.yaml").dump()
+        if code := _code(folder):
+            options["code"] = code  # another text is another method, whatever its name is
         seeds = (options["train"].pop("seed"), options["data"].pop("split_seed"), options["data"].pop("fold"))
         for name in ("baseline", "seeds", *experiment.FREE):
             section, _, key = name.rpartition(".")
             (options[section] if section else options).pop(key)
-        found.append(comparing.Run(folder.name, options, seeds, results, scores))
+        found.append(comparing.Run(str(folder), options, seeds, results, scores))
     return comparing.compare(found)
+
+
+def _code(folder: Path) -> str:
+    """What the user's own files that the recipe of a run names say, in short; nothing where it names none."""
+    recipe = (folder / "recipe.yaml").read_text(encoding="utf-8")
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".py", ".yml", ".yaml"))
+    texts = [path.read_bytes() for path in files if path.name != "recipe.yaml" and path.name in recipe]
+    return hashlib.sha256(b"\0".join(texts)).hexdigest()[:8] if texts else ""
 
 
 def _trainings(folder: Path) -> list[Path]:
@@ -420,9 +438,13 @@ def _trainings(folder: Path) -> list[Path]:
     Raises:
         InputError: it is not finished.
     """
-    if not (folder / "results.json").is_file():
-        raise InputError(f"{folder} holds no finished run: finish it by the same `semiseg train` command.")
-    return [folder / name for name in experiment.members(load_recipe(folder / "recipe.yaml"))] or [folder]
+    found = [folder]
+    if (folder / "results.json").is_file():
+        found += [folder / name for name in experiment.members(load_recipe(folder / "recipe.yaml"))]
+    for part in found:
+        if not (part / "results.json").is_file():
+            raise InputError(f"{part} holds no finished run: finish it by the same `semiseg train` command.")
+    return found[1:] or found
 
 
 __all__ = ["Model", "check", "compare", "data_of", "evaluate", "export", "load", "predict", "run", "train"]

@@ -92,6 +92,9 @@ def run(recipe: Recipe, out: Path, base: Path | None = None) -> None:
             pools = dict.fromkeys(parts, _load(recipe))
         else:
             pools = {name: _load(part) for name, part in parts.items()}
+        for name in several:
+            for folder in (out / name, out / name / "baseline"):
+                _check_scored(folder, pools[name])
         parallel.wait()  # all have looked at the folder by now: from here on process 0 may write
         torch.set_num_threads(recipe.train.threads)
         _write_recipe(recipe, out, code)
@@ -114,6 +117,16 @@ def members(recipe: Recipe) -> dict[str, Recipe]:
     if recipe.data.folds is not None and recipe.data.fold is None:
         return {f"fold-{k}": _with(recipe, "data", fold=k) for k in range(recipe.data.folds)}
     return {}
+
+
+def _check_scored(folder: Path, data: Data) -> None:
+    """Raises InputError where a finished training was scored on other images than it would be now."""
+    rows = data.test if len(data.test) else data.val
+    if _finished(folder) and len(rows) and load_scores(folder / "results.npz").names != tuple(rows.names):
+        raise InputError(
+            f"{folder} was scored on other images than there are now: the data has changed since the run began, choose "
+            "another --out."
+        )
 
 
 def _with(recipe: Recipe, section: str, **options: object) -> Recipe:
@@ -209,12 +222,12 @@ def _verdict(pairs: Sequence[tuple[Trained, Trained]], recipe: Recipe, split: st
     """See `engine.verdict.judge`; of several pairs the recipe says what they are.
 
     Raises:
-        InputError: a pair was not scored on the same images.
+        InputError: a pair was not scored on the same masks.
     """
-    if any(a.scores.names != b.scores.names for a, b in pairs):
+    if not all(a.scores.of_same_masks(b.scores) for a, b in pairs):
         raise InputError(
-            f"The {split} images are not those of the labelled-only training: the data has changed since the run "
-            "began, choose another --out."
+            f"The {split} images and masks are not those of the labelled-only training: the data has changed since the "
+            "run began, choose another --out."
         )
     how: Literal["one", "seeds", "folds"] = "one" if len(pairs) == 1 else "seeds" if recipe.seeds > 1 else "folds"
     return judge(pairs, recipe.method.name, split, how)
@@ -260,6 +273,7 @@ def _conclude(recipe: Recipe, out: Path, code: _Code) -> None:
         "delivered": ("" if wins else "labelled-only, ") + f"{chosen.relative_to(out)}: {_read(chosen)['delivered']}",
         "val_best": None,
         "val_last": None,
+        "stages": {},  # each training's are in its own results.json
         "seconds": sum(results["seconds"] for results in everything),
         "peak_gb": max(results["peak_gb"] for results in everything),
         "skipped": {path: why for results in everything for path, why in results["skipped"].items()},
@@ -269,6 +283,8 @@ def _conclude(recipe: Recipe, out: Path, code: _Code) -> None:
         results |= _scores(recipe, folders, results["note"])
     if parallel.rank() == 0:
         copy_model(chosen / "model", out / "model")
+        if recipe.seeds == 1 and results["split"] is not None:
+            save_scores(out / "results.npz", joined([load_scores(folder / "results.npz") for folder in folders]))
         write_json(out / "results.json", results)
     parallel.wait()
 

@@ -5,7 +5,7 @@ Each `check_...` raises an AssertionError that says in a sentence what is wrong;
     from semiseg import testing
 
     def test_my_method(tmp_path):
-        testing.check(testing.Case("my_file.py:MyMethod", tmp_path))
+        testing.check_method(testing.Case("my_file.py:MyMethod", tmp_path))
 
 A run takes about a second: 4 labelled and 8 unlabelled images of 40x48 px, a small network, one thread of the CPU.
 """
@@ -265,7 +265,7 @@ def _different(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> str:
 # ---- the checks --------------------------------------------------------------------------------------------------
 
 
-def check(
+def check_method(
     case: Case,
     moves: Mapping[str, Sequence[Move]] | None = None,
     idle: Mapping[str, str] | None = None,

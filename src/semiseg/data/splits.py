@@ -120,6 +120,11 @@ class DataConfig(Options):
             raise ValueError(f"data.pool is {self.pool}, but it goes with another data.format ({known}): remove it")
         if self.extra and self.unlabelled == "none":
             raise ValueError("data.extra names unlabelled images, but data.unlabelled is none: remove one of the two")
+        if self.folds is not None and self.fold is None and self.labelled not in (None, "all"):
+            raise ValueError(
+                "data.labelled chooses masks, and data.folds without data.fold scores all of them and delivers what "
+                "learned from all: leave data.labelled out, or choose one data.fold"
+            )
         if self.fold is not None and self.fold >= (self.folds or 1):
             raise ValueError(f"data.fold is {self.fold}: set data.folds above it, or lower it")
         if isinstance(self.labelled, int) and self.labelled < 1:
@@ -371,8 +376,11 @@ def _draw_division(config: DataConfig, found: Found) -> tuple[Found, str]:
     if config.folds is not None:
         units = len(np.unique(groups[masked]))
         if units < config.folds:
-            what = "groups of names" if config.group else "images with a mask"
-            raise InputError(f"data.folds is {config.folds}, but there are {units} {what}: ask for fewer folds.")
+            what = f"group{'s' * (units != 1)} of names" if config.group else f"image{'s' * (units != 1)} with a mask"
+            raise InputError(
+                f"data.folds is {config.folds}, but {'there is 1' if units == 1 else f'there are {units}'} {what}: "
+                + ("take data.split." if units < 2 else "ask for fewer folds.")
+            )
         if config.fold is None:
             return found, f"in {config.folds} folds"
         part = assign(groups[masked], [1 / config.folds] * config.folds, config.split_seed)
@@ -485,6 +493,7 @@ def _listed(config: DataConfig, found: Found, masked: Indices) -> tuple[Indices,
     missing = [line for line, position in zip(lines, positions, strict=True) if position is None]
     if missing:
         more = ", or set data.pool: train_aug" * (config.format == "voc" and config.pool == "train")
+        more += ", as may be because they are held out (data.folds, data.split)" * bool(config.folds or config.split)
         raise InputError(
             f"{path}: {len(missing)} of its {len(lines)} lines name{'s' * (len(missing) == 1)} no training image with "
             f"a mask ({some(missing)}): remove them{more}."

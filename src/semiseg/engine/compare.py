@@ -1,28 +1,31 @@
 """Runs side by side: mean and spread over seeds and folds, paired differences with intervals."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from semiseg.engine.evaluate import Scores
+from semiseg.engine.evaluate import Scores, joined
 from semiseg.engine.intervals import Interval, classes_over_images, over_images, over_training
 from semiseg.files import finite
-from semiseg.types import flat
+from semiseg.types import InputError, flat
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its options without seeds and fold, (seed, split seed, fold), `results.json` and its scores."""
+    """A finished training: its options without seeds and fold, (seed, split seed, fold), `results.json`, its scores."""
 
     name: str
     options: Mapping[str, Any]
-    seeds: tuple[int, int, int]
+    seeds: tuple[int, int, int | None]
     results: Mapping[str, Any]
     scores: Scores
+    parts: int = 1
+    """Of how many trainings these are the scores: of several where they are all folds."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ class Line:
     spread: float | None
     """Standard deviation over the runs; none for one run."""
     difference: float | None
+    pairs: int
+    """Runs behind the difference: those of the first line with the same seeds, scored on the same masks."""
     interval: Interval | None
     """95 % interval of the difference."""
     covers: str | None
@@ -60,16 +65,64 @@ class Line:
 
 
 def compare(runs: Sequence[Run]) -> list[Line]:
-    """Groups runs that differ in seeds and folds only; the first run's group is what the others are compared with."""
+    """Groups runs that differ in seeds and folds only; the first run's group is what the others are compared with.
+
+    Where all folds of a draw are there, their images are scored together. A copy of a run counts once.
+
+    Raises:
+        InputError: two runs of one recipe and seed have different scores.
+    """
     groups: list[list[Run]] = []
     for run in runs:
         group = next((g for g in groups if g[0].options == run.options), None)
         if group is None:
             groups.append([run])
-        else:
+        elif not _counted(run, group):
             group.append(run)
     labels = _labels([group[0] for group in groups])
+    groups = [_whole(group) for group in groups]
     return [_line(label, group, groups[0]) for label, group in zip(labels, groups, strict=True)]
+
+
+def _counted(run: Run, group: list[Run]) -> bool:
+    """Whether the group has the same training already."""
+    twin = next((one for one in group if one.seeds == run.seeds), None)
+    if twin is None:
+        return False
+    if _same_images(run, twin) and np.array_equal(run.scores.confusions, twin.scores.confusions):
+        return True
+    raise InputError(
+        f"{twin.name} and {run.name} are runs of one recipe with the same seeds and other scores: leave one out, for "
+        "they are not two draws."
+    )
+
+
+def _whole(group: list[Run]) -> list[Run]:
+    """The folds of each draw as one run, where all are there."""
+    found: dict[tuple[int, int], list[Run]] = {}
+    for run in group:
+        found.setdefault(run.seeds[:2], []).append(run)
+    count = group[0].options["data"].get("folds") if "data" in group[0].options else None
+    if count is None or any({run.seeds[2] for run in folds} != set(range(count)) for folds in found.values()):
+        return group
+    joint = []
+    for seeds, folds in found.items():
+        each = [run.results for run in folds]
+        results = dict(each[0]) | {
+            "family": re.sub(r"fold \d+ of (\d+)", r"in \1 folds", each[0]["family"]),
+            "seconds": sum(results["seconds"] for results in each),
+            "peak_gb": max(results["peak_gb"] for results in each),
+        }
+        joint.append(
+            replace(
+                folds[0],
+                seeds=(*seeds, None),
+                results=results,
+                scores=joined([run.scores for run in folds]),
+                parts=count,
+            )
+        )
+    return joint
 
 
 def _line(label: str, group: list[Run], first: list[Run]) -> Line:
@@ -89,16 +142,18 @@ def _line(label: str, group: list[Run], first: list[Run]) -> Line:
             interval = over_training(changes)
         elif len(pairs) == 1:
             difference = float(changes[0])
-            interval, covers = over_images(pairs[0][0].scores, pairs[0][1].scores), "images"
+            interval = over_images(pairs[0][0].scores, pairs[0][1].scores)
+            covers = "images" if interval else None
     return Line(
         label=label,
         split=group[0].results["split"],
         family=families[0] + f", and {len(families) - 1} more" * (len(families) > 1),
-        runs=len(group),
+        runs=sum(run.parts for run in group),
         labelled=(min(masks), max(masks)),
         miou=float(values.mean()),
         spread=float(values.std(ddof=1)) if len(values) > 1 else None,
         difference=difference,
+        pairs=len(pairs),
         interval=interval,
         covers=covers,
         minutes=float(np.mean([run.results["seconds"] / 60 for run in group])),
@@ -134,8 +189,7 @@ def _mean(values: NDArray[np.float64]) -> float:
 
 
 def _same_images(a: Run, b: Run) -> bool:
-    same_split = a.results["split"] == b.results["split"]
-    return same_split and a.scores.names == b.scores.names and a.scores.classes == b.scores.classes
+    return a.results["split"] == b.results["split"] and a.scores.of_same_masks(b.scores)
 
 
 def _labels(runs: list[Run]) -> list[str]:
@@ -154,6 +208,10 @@ def _labels(runs: list[Run]) -> list[str]:
     return labels
 
 
+def _number(value: float | None, sign: str = "") -> str:
+    return "" if value is None or math.isnan(value) else f"{value:{sign}.2f}"
+
+
 def as_markdown(lines: Sequence[Line], per_class: bool = False) -> str:
     """The table for a README or a terminal; per_class: and a second one, with a row a class and a column a line."""
     rows = [["runs of", "n", "masks", "split", "mIoU", "spread", "difference", "95 % interval", "minutes", "GB"]]
@@ -165,9 +223,9 @@ def as_markdown(lines: Sequence[Line], per_class: bool = False) -> str:
                 str(line.runs),
                 "-".join(dict.fromkeys(map(str, line.labelled))),
                 line.split,
-                f"{line.miou:.2f}",
-                "" if line.spread is None else f"{line.spread:.2f}",
-                "" if line.difference is None else f"{line.difference:+.2f}",
+                _number(line.miou),
+                _number(line.spread),
+                _number(line.difference, "+"),
                 interval,
                 f"{line.minutes:.1f}",
                 f"{line.peak_gb:.2f}",
@@ -181,10 +239,15 @@ def as_markdown(lines: Sequence[Line], per_class: bool = False) -> str:
         "",
         "Split: " + families[0] + "."
         if len(families) == 1
-        else "These splits differ; a difference stands where the scored images are the same: "
+        else "These splits differ; a difference stands where the scored masks are the same: "
         + "; ".join(families)
         + ".",
     ]
+    for line in lines[1:]:
+        if not line.pairs:
+            text.append(f"{line.label}: no run with the seeds of one of the first line, scored on the same masks.")
+        elif line.covers == "training" and line.pairs < max(line.runs, lines[0].runs):
+            text.append(f"{line.label}: the difference is that of the {line.pairs} seeds which the first line has too.")
     if any(line.covers == "images" for line in lines):
         text.append(
             "An interval over images covers the choice of images, not the noise of training: train more seeds for that."
@@ -202,7 +265,7 @@ def _class_rows(lines: Sequence[Line]) -> list[list[str]]:
     rows = [["IoU", *labels]]
     for name in dict.fromkeys(name for line in lines for name in line.per_class):
         found = [line.per_class[name] if name in line.per_class else None for line in lines]
-        cells = ["" if one is None or math.isnan(one.iou) else f"{one.iou:.2f}" for one in found]
+        cells = ["" if one is None else _number(one.iou) for one in found]
         changes = ["" if one is None or one.difference is None else f" ({one.difference:+.2f})" for one in found]
         rows.append([name, *(cell + change for cell, change in zip(cells, changes, strict=True))])
     return rows
@@ -210,6 +273,7 @@ def _class_rows(lines: Sequence[Line]) -> list[list[str]]:
 
 def _table(rows: list[list[str]]) -> list[str]:
     """Lines of Markdown; the first row is the head."""
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     text = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows

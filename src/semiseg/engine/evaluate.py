@@ -1,5 +1,7 @@
 """From a network to class probabilities of an image, and to the scores of a split."""
 
+import zipfile
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -39,6 +41,11 @@ class Scores:
     classes: tuple[str, ...]
     split: str = ""
     """What was scored, where one split of several was chosen: train, val or test, or all of an undivided folder."""
+
+    def of_same_masks(self, other: "Scores") -> bool:
+        """Whether both were scored on the same images and masks, as far as names and every class's pixels tell."""
+        same = self.names == other.names and self.classes == other.classes
+        return same and np.array_equal(self.confusions.sum(2), other.confusions.sum(2))
 
     @property
     def per_class(self) -> dict[str, float]:
@@ -170,11 +177,18 @@ def load_scores(path: Path) -> Scores:
     """Reads `results.npz`.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or it is damaged.
     """
     if not path.is_file():
         raise InputError(
-            f"{path} is missing: finish the run first (the same `semiseg train` command goes on where it was)."
+            f"{path} is missing: finish the run (the same `semiseg train` command goes on where it was), or, where it "
+            "is finished, remove its results.json first, so that it is scored again."
         )
-    with np.load(path, allow_pickle=False) as file:
-        return Scores(file["confusions"], tuple(file["names"].tolist()), tuple(file["classes"].tolist()))
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return Scores(file["confusions"], tuple(file["names"].tolist()), tuple(file["classes"].tolist()))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(
+            f"{path} is damaged ({error}): remove it and results.json beside it, and the same `semiseg train` command "
+            "scores the run again."
+        ) from error

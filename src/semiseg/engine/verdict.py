@@ -24,7 +24,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Verdict:
-    """mIoU in per cent; differences are the method's score less that of the labelled-only model."""
+    """mIoU in per cent, NaN where no mask has a class; differences are the method's less the labelled-only one."""
 
     words: str
     why: str
@@ -52,32 +52,39 @@ def judge(
         how: what several pairs are.
 
     Returns:
-        None where no mask has a class, so that there is no score.
+        None where no mask has a class, and there is no val to choose on.
     """
     methods, baselines = ([pair[i] for pair in pairs] for i in (0, 1))
     if how == "folds":
         methods, baselines = ([Trained(joined([one.scores for one in arm]), None)] for arm in (methods, baselines))
     changes = np.array([100 * (a.scores.miou - b.scores.miou) for a, b in zip(methods, baselines, strict=True)])
-    if not np.isfinite(changes).all():
+    on_val = [[one.val for one in arm if one.val is not None] for arm in (methods, baselines)]
+    scored = bool(np.isfinite(changes).all())
+    if not scored and not all(on_val):
         return None
     first = methods[0].scores
     method, baseline = (100 * float(np.mean([one.scores.miou for one in arm])) for arm in (methods, baselines))
     difference = float(changes.mean())
-    interval = over_training(changes) if how == "seeds" else over_images(first, baselines[0].scores)
+    interval = None
+    if scored:
+        interval = over_training(changes) if how == "seeds" else over_images(first, baselines[0].scores)
     covers = "training" if how == "seeds" else "images"
 
     many = f", means of {len(pairs)} seeds" if how == "seeds" else ", each out of fold" if how == "folds" else ""
-    numbers = f"({baseline:.2f} -> {method:.2f} on {split}, {len(first.names)} images{many})"
-    if interval is None or interval[0] <= 0 <= interval[1]:
+    images = f"{len(first.names)} image{'s' * (len(first.names) != 1)}"
+    numbers = f"({baseline:.2f} -> {method:.2f} on {split}, {images}{many})"
+    if not scored:
+        words = f"No verdict: no mask of {split} has a class."
+    elif interval is None or interval[0] <= 0 <= interval[1]:
         words = f"Not distinguishable from labelled-only: {difference:+.2f} mIoU {numbers}."
     elif difference > 0:
         words = f"{difference:+.2f} mIoU over labelled-only {numbers}."
     else:
         words = f"No gain over labelled-only: {difference:+.2f} mIoU {numbers}."
-    words += f" {_limits(interval, how, split, first.names)}"
+    if scored:
+        words += f" {_limits(interval, how, split, first.names)}"
 
-    on_val = [[one.val for one in arm if one.val is not None] for arm in (methods, baselines)]
-    if on_val[0] and on_val[1]:
+    if all(on_val):
         ours, theirs = (100 * float(np.mean(values)) for values in on_val)
         wins, reason = ours > theirs, f"val has {theirs:.2f} -> {ours:.2f}"
     else:

@@ -55,7 +55,7 @@ class CPS(StepMethod):
     def __init__(self, config: Config, build: Build) -> None:
         super().__init__()
         self.config, self.build = config, build
-        self.first, self.second = build.network(), build.network(SALT)
+        self.first, self.second = build.network(), build.network(SALT, whole=False)
         self.loss = LabelledLoss(config.loss, build)
         self.optimizers = {name: build.optimizer(getattr(self, name)) for name in ("first", "second")}
 

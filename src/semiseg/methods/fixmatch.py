@@ -75,6 +75,8 @@ class FixMatch(StepMethod):
         def _consistent(self) -> Self:
             if self.forward == "joint" and self.statistics == "labelled":
                 raise ValueError("statistics: labelled needs forward: apart, for one batch has one set of statistics")
+            if self.adaptive and self.threshold != type(self).model_fields["threshold"].default:
+                raise ValueError("adaptive finds the threshold itself: leave threshold out, or adaptive")
             return self
 
     paper = "Sohn et al., NeurIPS 2020; segmentation form of Yang et al., CVPR 2023"

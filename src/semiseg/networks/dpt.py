@@ -37,6 +37,13 @@ class Tokens(nn.Module):
         return maps
 
 
+def _cuts_squares(proj: nn.Module) -> bool:
+    """Whether tokens are patches of the image: of a hybrid they are places of a convolutional network's last map."""
+    return (
+        isinstance(proj, nn.Conv2d) and proj.kernel_size == proj.stride == (proj.stride[0],) * 2 and proj.stride[0] > 1
+    )
+
+
 class Fusion(nn.Module):
     """The decoder: four maps of tokens -> one at half the image's size."""
 
@@ -84,11 +91,16 @@ class DPT(nn.Module):
         try:
             model: Any = timm.create_model(name, in_chans=in_channels, num_classes=0, dynamic_img_size=True, **kwargs)
             depth, tokens = len(model.blocks), int(model.embed_dim)
+            plain = _cuts_squares(model.patch_embed.proj)
         except (TypeError, AttributeError) as error:
+            if any(f"'{option}'" in str(error) for option in kwargs):
+                raise  # there is no such option, whatever the encoder is
+            plain = False
+        if not plain:
             raise InputError(
-                f"network.encoder: {name} is no plain vision transformer, which dpt is for: take one such as "
-                "vit_small_patch14_dinov2, or another decoder."
-            ) from error
+                f"network.encoder: {name} is no plain vision transformer with square patches, which dpt is for: take "
+                "one such as vit_small_patch14_dinov2, or another decoder."
+            )
         found, fused = _WIDTHS[tokens] if tokens in _WIDTHS else _LARGE
         chosen = tuple(taps or (_TAPS[depth] if depth in _TAPS else (depth * i // 4 - 1 for i in range(1, 5))))
         if len(chosen) != 4 or sorted(chosen) != list(chosen) or not 0 <= chosen[0] <= chosen[-1] < depth:

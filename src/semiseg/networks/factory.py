@@ -33,7 +33,15 @@ from semiseg.networks import deeplabv2, dpt
 from semiseg.networks.critic import Critic, Kind
 from semiseg.networks.heads import Head, Projected
 from semiseg.networks.net import FrozenNorm, SegNet, Wrapped
-from semiseg.networks.weights import CARD, load_network, load_tensors, model_folder, read_model, read_weights
+from semiseg.networks.weights import (
+    CARD,
+    load_network,
+    load_tensors,
+    model_folder,
+    place_of,
+    read_model,
+    read_weights,
+)
 from semiseg.types import InputError, Options, nearest
 
 _DECODERS = {
@@ -98,7 +106,8 @@ class OptimConfig(Options):
     head_lr: Positive = 10
     """Everything that is not the encoder learns at lr times this."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Each block of the encoder learns at the next one's rate times this, the last at lr times it. 1: all at lr."""
+    """Each layer of the encoder, as timm divides it, learns at the next one's rate times this, the last block at lr
+    times it. 1: all at lr."""
     weight_decay: NotNegative = 0.01
     """On all weights. 0.01 suits adamw; recipes with sgd in this field use 0.0001 to 0.0005."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -140,19 +149,30 @@ class Build:
     names: tuple[str, ...] = ()
     report: list[str] = field(default_factory=list, init=False)
 
-    def network(self, salt: int = 0) -> SegNet | Wrapped:
+    def network(self, salt: int = 0, whole: bool = True) -> SegNet | Wrapped:
         """A new network in training mode on the device: random weights from (seed, salt), then those of the options.
 
         The process' random state stays as it was.
+
+        Args:
+            salt: networks of other salts draw other weights.
+            whole: of a file or run that has more than an encoder, everything; else the encoder alone, so that a second
+                network of another salt is another one.
 
         Raises:
             InputError: an option names nothing, or does not fit.
         """
         with _drawn_from(self.seed, salt):
-            net = self._own() if ":" in self.config.name else self._smp()
+            net = self._own(whole) if ":" in self.config.name else self._smp(whole)
         if self.config.frozen:
             if not isinstance(net, SegNet):
                 raise InputError(f"network.frozen: {self.config.name} is one piece without an encoder: leave it out.")
+            made_here = ":" not in self.config.name and self.config.weights == "pretrained"
+            if made_here and isinstance(self._pretrained, str):
+                raise InputError(
+                    f"network.frozen: there are no pretrained weights of {self.config.encoder} ({self._pretrained}), "
+                    "and a random encoder would stay random: let network.weights name a .safetensors file."
+                )
             net.encoder.requires_grad_(False)
         if self.channels_last:
             net = net.to(memory_format=torch.channels_last)
@@ -243,15 +263,17 @@ class Build:
     def optimizer(self, net: nn.Module, extra: Iterable[nn.Module] = ()) -> Optimizer:
         """AdamW or SGD over a network and `extra` modules; each group carries `peak_lr`.
 
-        The encoder learns at lr, or block by block at less (layer_decay), all else at lr * head_lr; a network without
+        The encoder learns at lr, or layer by layer at less (layer_decay), all else at lr * head_lr; a network without
         `encoder` learns at lr as a whole.
+
+        Raises:
+            InputError: layer_decay, and nobody knows the encoder's layers.
         """
         encoder = net.get_submodule("encoder") if hasattr(net, "encoder") else net
         known = {id(p) for p in encoder.parameters()}
         rest = [p for module in (net, *extra) for p in module.parameters() if id(p) not in known]
-        blocks = [list(encoder.parameters())] if self.optim.layer_decay == 1 else _blocks(encoder)
-        factors = [self.optim.layer_decay ** (len(blocks) - i) for i in range(len(blocks))]
-        rates = [(params, self.optim.lr * factor) for params, factor in zip(blocks, factors, strict=True)]
+        layers = {0: list(encoder.parameters())} if self.optim.layer_decay == 1 else self._layers(encoder)
+        rates = [(params, self.optim.lr * self.optim.layer_decay**depth) for depth, params in layers.items()]
         rates.append((rest, self.optim.lr * self.optim.head_lr))
         # A frozen encoder is no group: there is nothing to do for it in a step.
         some = ((params, lr) for params, lr in rates if any(p.requires_grad for p in params))
@@ -261,7 +283,32 @@ class Build:
             return SGD(groups, momentum=self.optim.momentum, weight_decay=self.optim.weight_decay, foreach=True)
         return AdamW(groups, weight_decay=self.optim.weight_decay, fused=True)
 
-    def _smp(self) -> SegNet:
+    def _layers(self, encoder: nn.Module) -> dict[int, list[nn.Parameter]]:
+        """The encoder's weights by timm's layers, from the image on: the number of the last is 1, before it 2."""
+        import timm
+        from timm.models import group_parameters
+
+        name, options = self.config.encoder.partition(".")[0], self.config.encoder_options
+        own = dict(encoder.named_parameters())
+        numbers: dict[str, int] = {}
+        if ":" not in self.config.name:
+            with torch.device("meta"):
+                whole: Any = timm.create_model(name, **options)
+            if hasattr(whole, "group_matcher"):
+                numbers = group_parameters(whole, whole.group_matcher(coarse=False), reverse=True)
+        places = {place_of(name, own): number for name, number in numbers.items()}
+        if not own.keys() <= places.keys():
+            raise InputError(
+                f"optim.layer_decay: timm does not tell the layers of {name if numbers else self.config.name}: "
+                "leave it out, or choose another encoder."
+            )
+        last = max(places[place] for place in own)
+        layers: dict[int, list[nn.Parameter]] = {}
+        for place, weight in own.items():
+            layers.setdefault(1 + last - places[place], []).append(weight)
+        return dict(sorted(layers.items(), reverse=True))
+
+    def _smp(self, whole: bool) -> SegNet:
         import timm
 
         config = self.config
@@ -288,10 +335,10 @@ class Build:
             raise InputError(
                 f"network: {config.name} on {config.encoder} takes no images of free size ({reason}); choose another."
             ) from error
-        self._load(net)
+        self._load(net, whole)
         return net
 
-    def _own(self) -> SegNet | Wrapped:
+    def _own(self, whole: bool) -> SegNet | Wrapped:
         from segmentation_models_pytorch.base import SegmentationModel
 
         config = self.config
@@ -315,7 +362,7 @@ class Build:
         if path is None:
             self._say(f"{config.name} starts from the weights that it makes itself")
         else:
-            self._load_run(net, path)
+            self._load_run(net, path, whole)
         return net
 
     def _statistics(
@@ -327,7 +374,7 @@ class Build:
             _per_channel(self.config.std, std, self.channels, "network.std"),
         )
 
-    def _load(self, net: SegNet) -> None:
+    def _load(self, net: SegNet, whole: bool) -> None:
         """Loads initial weights, and says in `report` what came of it."""
         config = self.config
         if config.weights == "random":
@@ -335,9 +382,9 @@ class Build:
         elif config.weights != "pretrained":
             path = find_weights(config.weights, self.base)
             if path.is_dir():
-                self._load_run(net, path)
+                self._load_run(net, path, whole)
                 return
-            head = deeplabv2.head_names(net.head) if config.name == "deeplabv2" else {}
+            head = deeplabv2.head_names(net.head) if config.name == "deeplabv2" and whole else {}
             self._say(*load_tensors(net.encoder, read_weights(path), str(path), head).lines())
         elif isinstance(self._pretrained, str):
             self._say(
@@ -347,7 +394,7 @@ class Build:
         else:
             self._say(*load_tensors(net.encoder, self._pretrained, f"timm's {config.encoder}").lines())
 
-    def _load_run(self, net: SegNet | Wrapped, path: Path) -> None:
+    def _load_run(self, net: SegNet | Wrapped, path: Path, whole: bool) -> None:
         """Loads the network of the run in `path`, and says in `report` what came of it."""
         tensors, card = read_model(model_folder(path))
         ours, theirs = _architecture(self.config.model_dump(mode="json")), _architecture(card["network"])
@@ -368,7 +415,19 @@ class Build:
         assert len(self.names) == self.classes, "classes are matched by their names"
         given = {"normalise.mean": self.config.mean, "normalise.std": self.config.std}
         tensors |= {place: net.get_buffer(place) for place, value in given.items() if value is not None}
+        drawn = {name: tensor.clone() for name, tensor in net.state_dict().items()} if not whole else {}
         self._say(*load_network(net, tensors, str(path), card["classes"], self.names))
+        if not whole:
+            if not isinstance(net, SegNet):
+                raise InputError(
+                    f"network.weights: {path} has a network in one piece, and the method needs two that differ: "
+                    "leave the option out."
+                )
+            rest = {name: t for name, t in drawn.items() if not name.startswith(("encoder.", "normalise."))}
+            net.load_state_dict(net.state_dict() | rest)
+            self._say(
+                "  the encoder alone for the second network, whose decoder is drawn: two that are one learn nothing"
+            )
         for place, value in given.items():
             numbers = ", ".join(f"{number:.4g}" for number in net.get_buffer(place).flatten().tolist())
             name = place.rpartition(".")[2]
@@ -422,11 +481,16 @@ def _create(config: NetworkConfig, classes: int, channels: int) -> nn.Module:
             **config.options,
             **config.encoder_options,
         )
+    except InputError:
+        raise
     except (TypeError, ValueError, KeyError, RuntimeError, AssertionError, NotImplementedError) as error:
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if unknown and unknown[1] in config.encoder_options:
             raise InputError(f"network.encoder_options: {config.encoder} has no {unknown[1]}; remove it.") from error
-        raise InputError(f"network: {config.name} cannot be built on {config.encoder} ({_reason(error)}).") from error
+        raise InputError(
+            f"network: {config.name} cannot be built on {config.encoder} ({_reason(error)}): choose another "
+            "network.encoder or network.name."
+        ) from error
     return model
 
 
@@ -438,20 +502,6 @@ def _architecture(network: Mapping[str, Any]) -> dict[str, Any]:
     for group in ("options", "encoder_options"):
         chosen |= {f"{group}.{name}": value for name, value in network[group].items()}
     return chosen
-
-
-def _blocks(encoder: nn.Module) -> list[list[nn.Parameter]]:
-    """The weights by blocks, from the image on: those whose names agree up to their first numbers, as `layer1.0`.
-
-    What has no number belongs to the block before it; what comes before all is the first block, the stem.
-    """
-    blocks: dict[str, list[nn.Parameter]] = {}
-    last = ""
-    for name, weight in encoder.named_parameters():
-        numbered = re.match(r"(?:[^.]*[^.\d][^.]*\.)*\d+(?:\.\d+)*(?=\.)", name)
-        last = numbered[0] if numbered else last
-        blocks.setdefault(last, []).append(weight)
-    return list(blocks.values())
 
 
 def _reason(error: Exception) -> str:

@@ -9,7 +9,7 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ class Report:
     unexpected     the source has them, the encoder has not: as a rule a classifier
     mismatched     of another shape: left random
     adapted        input convolutions whose channels were summed or repeated, as timm does
+    resampled      embeddings of a transformer's positions, from one size of image to another, as timm does
     parts          what the source could fill
     """
 
@@ -45,6 +46,7 @@ class Report:
     unexpected: tuple[str, ...]
     mismatched: tuple[str, ...]
     adapted: tuple[str, ...]
+    resampled: tuple[str, ...] = ()
     parts: str = "encoder"
 
     def lines(self) -> list[str]:
@@ -55,6 +57,7 @@ class Report:
             f"in the file, not used by the {self.parts}": self.unexpected,
             "left random, of another shape": self.mismatched,
             "input channels adapted": self.adapted,
+            "for another size of images, resampled": self.resampled,
         }
         return lines + [f"  {kind}: {some(names)}" for kind, names in kinds.items() if names]
 
@@ -100,23 +103,35 @@ def load_tensors(
     `source` names them in the report.
 
     Raises:
-        InputError: none fits.
+        InputError: none fits, or a transformer's patches are of another size.
     """
     from timm.models import adapt_input_conv
 
     own = {name: tensor for name, tensor in encoder.state_dict().items() if not name.endswith("num_batches_tracked")}
     own |= more or {}
     tensors = {name.removeprefix("module.").removeprefix("Scale."): tensor for name, tensor in tensors.items()}
-    places = {name: _place(name, own) for name in tensors if not name.endswith("num_batches_tracked")}
-    loaded, mismatched, adapted = set(), [], []
+    places = {name: place_of(name, own) for name in tensors if not name.endswith("num_batches_tracked")}
+    loaded = set()
+    mismatched: list[str] = []
+    adapted: list[str] = []
+    resampled: list[str] = []
     with torch.no_grad():
         for name, place in places.items():
             if place is None:
                 continue
             tensor = tensors[name]
+            if name == "patch_embed.proj.weight" and tensor.shape[2:] != own[place].shape[2:]:
+                there, here = ("x".join(map(str, t.shape[2:])) for t in (tensor, own[place]))
+                raise InputError(
+                    f"network.weights: {source} has patches of {there} px, the encoder of {here}: "
+                    "choose the network.encoder that they belong to, or change network.encoder_options.patch_size."
+                )
             if tensor.shape != own[place].shape and _differs_in_channels(tensor, own[place]):
                 tensor = adapt_input_conv(own[place].shape[1], tensor, base_chans=tensor.shape[1])
                 adapted.append(f"{name} from {tensors[name].shape[1]} to {tensor.shape[1]}")
+            if name == "pos_embed" and tensor.shape[1] != own[place].shape[1]:
+                tensor = _resampled(tensor, encoder)
+                resampled.append(f"{name} from {tensors[name].shape[1]} to {tensor.shape[1]} places")
             if tensor.shape == own[place].shape:
                 own[place].copy_(tensor)
                 loaded.add(place)
@@ -135,6 +150,7 @@ def load_tensors(
         unexpected=tuple(name for name, place in places.items() if place is None),
         mismatched=tuple(mismatched),
         adapted=tuple(adapted),
+        resampled=tuple(resampled),
         parts="encoder and head" if more else "encoder",
     )
 
@@ -201,7 +217,18 @@ def load_network(
     return lines + [f"  {kind}: {some(names, 20)}" for kind, names in kinds.items() if names]
 
 
-def _place(name: str, own: dict[str, Tensor]) -> str | None:
+def _resampled(positions: Tensor, encoder: nn.Module) -> Tensor:
+    """Embeddings (1, P, D) of a square grid of positions for the grid of the encoder's images."""
+    from timm.layers.pos_embed import resample_abs_pos_embed
+
+    model: Any = encoder.model
+    before = 0 if getattr(model, "no_embed_class", False) else model.num_prefix_tokens
+    grid = list(model.patch_embed.grid_size)
+    resampled: Tensor = resample_abs_pos_embed(positions, grid, num_prefix_tokens=before)
+    return resampled
+
+
+def place_of(name: str, own: Container[str]) -> str | None:
     """Where timm's feature extractor keeps the tensor `name`: some join its first two parts, some wrap the network."""
     if name in own:
         return name
@@ -239,9 +266,14 @@ def copy_model(source: Path, folder: Path) -> None:
     """Makes the model of the folder `source` that of `folder` too, as `save_model` would.
 
     Raises:
-        InputError: the disk is full, or the folder cannot be written.
+        InputError: there is none, the disk is full, or the folder cannot be written.
     """
     for name in (WEIGHTS, CARD):
+        if not (source / name).is_file():
+            raise InputError(
+                f"{source / name} is missing: remove {source.parent / 'results.json'}, and the same `semiseg train` "
+                "command makes it again."
+            )
         with replacing(folder / name) as part:
             shutil.copyfile(source / name, part)
 
