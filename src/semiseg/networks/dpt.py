@@ -13,7 +13,7 @@ from semiseg.types import InputError
 
 _TAPS = {12: (2, 5, 8, 11), 24: (4, 11, 17, 23), 40: (9, 19, 29, 39)}
 """By the number of blocks, those whose tokens the decoder gets, from 0."""
-_WIDTHS = {384: ((48, 96, 192, 384), 64), 768: ((96, 192, 384, 768), 128)}
+_WIDTHS = {384: ((48, 96, 192, 384), 64), 768: ((96, 192, 384, 768), 128), 1536: ((1536,) * 4, 384)}
 """By the width of the tokens, the channels of the four maps, and of the fused ones."""
 _LARGE = ((256, 512, 1024, 1024), 256)
 _FINE = 8
