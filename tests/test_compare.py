@@ -83,7 +83,8 @@ def test_all_folds_are_scored_together() -> None:
         return replace(plain, options=options, seeds=(0, 0, number), results=results, scores=scores)
 
     folds = [fold(0, 30, 0), fold(1, 60, 90)]
-    (line,) = compare(folds)
+    (line,) = compare(folds[::-1])
+    assert as_plain([line]) == as_plain(compare(folds))
     whole = joined([one.scores for one in folds])
     assert (line.runs, line.spread, line.family) == (2, None, "f in 2 folds, all 4")
     assert line.miou == pytest.approx(100 * whole.miou)

@@ -106,7 +106,8 @@ def _whole(group: list[Run]) -> list[Run]:
     if count is None or any({run.seeds[2] for run in folds} != set(range(count)) for folds in found.values()):
         return group
     joint = []
-    for seeds, folds in found.items():
+    for seeds, unordered in found.items():
+        folds = sorted(unordered, key=lambda run: run.seeds[2] or 0)  # pairs have their images in one order
         each = [run.results for run in folds]
         results = dict(each[0]) | {
             "family": re.sub(r"fold \d+ of (\d+)", r"in \1 folds", each[0]["family"]),
