@@ -16,6 +16,7 @@ from semiseg import plan as module
 from semiseg.config import Recipe, parse
 from semiseg.data.formats import write_mask
 from semiseg.data.splits import load_data
+from semiseg.methods import FixMatch
 from semiseg.plan import plan
 from semiseg.types import InputError
 
@@ -267,6 +268,20 @@ def test_choices_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert recipe.network.encoder == "resnet50"
         assert recipe.train.precision == precision
     assert reasons["train.precision"] == "this GPU has no bf16"
+
+
+@pytest.mark.parametrize(("size", "mild"), [((96, 128), True), ((320, 480), False)])
+def test_small_crops_have_a_mild_strong_view(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], mild: bool
+) -> None:
+    monkeypatch.setattr(module, "_crop", lambda side, most: side // 32 * 32)
+    recipe, reasons = planned(folder(tmp_path / "set", size=size))
+    options, plain = recipe.method.options.model_dump(), FixMatch.Config().model_dump()
+    assert (max(recipe.train.crop) < 256) == mild
+    assert (options["jitter"], options["blur"]) == (
+        ((0.25, 0.25, 0.25, 0.1), 0) if mild else (plain["jitter"], plain["blur"])
+    )
+    assert ("method.blur" in reasons) == mild
 
 
 # ---- time --------------------------------------------------------------------------------------------------------

@@ -32,6 +32,8 @@ FEW_MASKS = 200
 CELL = 4
 """Px a side of a decoder's cell (stride 4): an object below it is lost, and one of two cells is seen well."""
 FEWEST_STEPS, MOST_STEPS = 100, 40_000
+SMALL = 256
+"""px: crops below it have a milder strong view."""
 TEACHER = 1 / 20
 """At most this share of a run is what an EMA teacher averages over."""
 
@@ -279,7 +281,7 @@ def _choices(data: Data, survey: Survey, device: torch.device) -> dict[str, Line
                 "fetched by timm; where that fails training starts from random weights, and says so",
             ),
         },
-        "method": {"name": (methods.DEFAULT, _why_method(data))},
+        "method": {"name": (methods.DEFAULT, _why_method(data))} | (_mild() if max(crop) < SMALL else {}),
         "train": {
             "batch": (8, "labelled and as many unlabelled images a step"),
             "crop": (
@@ -289,6 +291,16 @@ def _choices(data: Data, survey: Survey, device: torch.device) -> dict[str, Line
             "precision": ("bf16" if bf16 else "fp32", few),
         },
     }
+
+
+def _mild() -> Lines:
+    """The strong view of small crops, where the method has one: see "What was measured" on FixMatch's page."""
+    known = methods.METHODS[methods.DEFAULT].Config.model_fields
+    lines: Lines = {
+        "jitter": ([0.25, 0.25, 0.25, 0.1], "colours of the strong view: half of what suits crops of 321 px and more"),
+        "blur": (0, "a blur of 2 px would take away what there is to see in small crops"),
+    }
+    return {name: line for name, line in lines.items() if name in known}
 
 
 def _working_size(survey: Survey, limit: int) -> tuple[int, Lines]:
