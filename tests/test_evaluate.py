@@ -280,7 +280,7 @@ def test_scores_survive_their_file(data: Data, tmp_path: Path) -> None:
     assert isinstance(again, Scores)
     np.testing.assert_array_equal(again.confusions, scores.confusions)
     assert (again.names, again.classes) == (scores.names, scores.classes)
-    with pytest.raises(InputError, match="finish the run first"):
+    with pytest.raises(InputError, match="finish the run"):
         load_scores(tmp_path / "none.npz")
 
 

@@ -62,6 +62,30 @@ class Together:
         return said
 
 
+class Forked:
+    """What `testing.check_processes` launches, forked too: a Python of its own would take seconds to import torch."""
+
+    def __init__(self, case: testing.Case, rank: int, port: int) -> None:
+        launched = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        launched |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        launched |= {name: os.environ[name] for name in ("SEMISEG_CACHE",) if name in os.environ}
+        self.said = case.folder / f"said-{rank}.txt"
+        work = (launched, self.said, testing._three_steps, (case, "two processes"))
+        self.process = _CONTEXT.Process(target=_child, args=work)
+        self.process.start()
+
+    def communicate(self, timeout: float) -> tuple[bytes, None]:
+        self.process.join(timeout)
+        return self.said.read_bytes(), None
+
+    @property
+    def returncode(self) -> int | None:
+        return self.process.exitcode
+
+    def kill(self) -> None:
+        self.process.kill()
+
+
 def die() -> None:
     """Like a process that the system kills."""
     os.kill(os.getpid(), signal.SIGKILL)
