@@ -297,7 +297,7 @@ def _mild() -> Lines:
     """The strong view of small crops, where the method has one: see "What was measured" on FixMatch's page."""
     known = methods.METHODS[methods.DEFAULT].Config.model_fields
     lines: Lines = {
-        "jitter": ([0.25, 0.25, 0.25, 0.1], "colours of the strong view: half of what suits crops of 321 px and more"),
+        "jitter": ([0.25, 0.25, 0.25, 0.1], "colours of the strong view, milder than for crops of 321 px and more"),
         "blur": (0, "a blur of 2 px would take away what there is to see in small crops"),
     }
     return {name: line for name, line in lines.items() if name in known}
