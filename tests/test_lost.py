@@ -187,6 +187,26 @@ def test_all_fail(tmp_path: Path) -> None:
     assert [sentences(text) for text in said] == [[f"error: my own, {rank}."] for rank in range(3)]
 
 
+def none_can_talk() -> None:
+    parallel.GRACE = 1.0
+    try:
+        with parallel.peers():
+            parallel.start(torch.device("cpu"))
+            parallel.wait()
+            raise RuntimeError("NCCL error: out of memory\nand where it was")
+    except InputError as error:
+        print(f"error: {error}", flush=True)
+        sys.exit(1)
+
+
+def test_a_connection_that_fails_is_named(tmp_path: Path) -> None:
+    """No process is said to have ended where each meets the same error."""
+    codes, said = Together(tmp_path, 2, none_can_talk).wait(20)
+    assert codes == [1, 1], said
+    expected = "error: the processes cannot talk to each other, and none has ended (NCCL error: out of memory)."
+    assert [sentences(text) for text in said] == [[expected]] * 2
+
+
 @pytest.mark.parametrize("text", ["soon", "0", "-3", "inf", "nan"])
 def test_patience_is_a_number_of_seconds(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SEMISEG_PATIENCE", text)

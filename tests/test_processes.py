@@ -20,8 +20,8 @@ import yaml
 from safetensors.torch import load_file
 from together import Together
 
-from semiseg import api, cli, parallel, testing
-from semiseg.config import build_of
+from semiseg import api, cli, experiment, parallel, testing
+from semiseg.config import build_of, load_recipe
 from semiseg.engine.evaluate import evaluate
 from semiseg.engine.pseudo import pseudo_label
 from semiseg.types import InferenceConfig
@@ -173,6 +173,7 @@ def three_steps(case: testing.Case, name: str, train: Mapping[str, Any], until: 
 @pytest.mark.parametrize(
     ("method", "options"),
     [
+        ("fixmatch", {"threshold": 0.4}),
         ("advsemiseg", {"threshold": 0.499318, "semi_start": 0.0}),
         ("u2pl", {"warm_up": 0.2, "weight": 0.0}),
     ],
@@ -266,11 +267,14 @@ def test_a_run_of_two_processes(recipe: Path) -> None:
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
         process.wait(60)
+    assert not (folder / "stopped" / "results.json").exists(), "it was stopped before its end"
     shutil.copytree(folder / "stopped", folder / "alone")
     finish(launch("train", recipe, "--out", folder / "stopped"))
     api.train(recipe, folder / "alone")  # one process goes on with what two began
-    whole, stopped = (load_file(folder / name / "model" / "model.safetensors") for name in ("whole", "stopped"))
+    names = ("whole", "stopped", "alone")
+    whole, stopped, alone = (load_file(folder / name / "model" / "model.safetensors") for name in names)
     assert all(torch.equal(whole[name], stopped[name]) for name in whole)
+    assert whole.keys() == alone.keys()
 
     scores, images = api.evaluate(folder / "whole", split="val"), folder / "data/images/val"
     said = Together(folder / "a", 2, verb, "evaluate", folder / "whole", "--split", "val").good()
@@ -284,6 +288,27 @@ def test_a_run_of_two_processes(recipe: Path) -> None:
     assert names == sorted(path.name for path in (folder / "two").iterdir())
     assert len(names) == 3
     assert all((folder / "one" / n).read_bytes() == (folder / "two" / n).read_bytes() for n in names)
+
+
+def in_a_folder_of_its_own(recipe: Path, out: Path) -> None:
+    verb("train", recipe, "--out", out / str(parallel.rank()))
+
+
+def test_folders_that_are_not_shared(recipe: Path, tmp_path: Path) -> None:
+    """A run that begins does not train to its end before that shows."""
+    codes, said = Together(tmp_path / "a", 2, in_a_folder_of_its_own, recipe, tmp_path / "out", patience=3).wait()
+    assert codes == [1, 1], said
+    assert "1 is not the same folder for all processes: put --out on a disk that all see." in said[1]
+    assert not (tmp_path / "out" / "0" / "metrics.csv").exists()
+
+
+def test_threads_at_resume(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that are asked for are kept; else they are the process' share."""
+    asked = load_recipe(recipe, ["train.threads=8"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(experiment, "_THREADS", 2)
+    assert experiment._same(asked, asked, tmp_path) == 8
+    assert experiment._same(asked, load_recipe(recipe, ["train.threads=0"]), tmp_path) == 2
 
 
 def test_seeds_with_their_baselines(recipe: Path) -> None:

@@ -224,6 +224,16 @@ def test_a_signal_writes_a_checkpoint_and_the_run_goes_on(case: Case, number: si
     same_end(whole, run(case, "stopped"))
 
 
+def test_a_run_that_goes_on_has_the_same_images(case: Case) -> None:
+    """Others would be drawn in another order from there on."""
+    with pytest.raises(Interrupted):
+        run(case, "stopped", at(4, lambda: signal.raise_signal(signal.SIGTERM)))
+    data = case.data()
+    with pytest.raises(InputError, match=r"^The labelled images are not those that .*stopped has learned from"):
+        run(case, "stopped", data=replace(data, labelled=data.labelled[:-1]))
+    run(case, "stopped", data=data)
+
+
 @pytest.mark.parametrize("call", [1, 2])
 def test_an_interrupted_evaluation_is_made_up_for(case: Case, call: int) -> None:
     """It is cut short, the checkpoint is written, and the next start evaluates the same weights first."""

@@ -195,6 +195,7 @@ def test_the_list_is_made_once_and_anew_when_the_archive_changes(
         assert packed_images([str(path)], []).names.tolist() == ["a.png"]
     tar(path, {"b.png": picture(1), "c.png": picture(2)})
     assert packed_images([str(path)], []).names.tolist() == ["b.png", "c.png"]
+    fails("a.tar has changed since the run looked at it", old[0].image.read_bytes)
     packed._handle.cache_clear()
     fails("a.tar has changed since the run looked at it", old[0].image.read_bytes)
     for kept in (cache_dir() / "shards").iterdir():
@@ -399,6 +400,28 @@ def test_check_looks_into_shards(kinds: dict[str, Data]) -> None:
     assert all(report.images == reports["loose"].images for report in reports.values())
     assert all(report.sizes == reports["loose"].sizes for report in reports.values())
     assert any("cannot be read are passed over" in w and "0.tar/03.png" in w for w in reports["tars"].warnings)
+
+
+@pytest.mark.parametrize(("kind", "file"), [("tars", "deep/1.tar"), ("tables", "1.parquet")])
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_shard_that_changes_ends_the_run(
+    kinds: dict[str, Data], tmp_path: Path, kind: str, file: str, gone: bool
+) -> None:
+    """Its images are not passed over as damaged ones are: others may be in their places."""
+    data, path = kinds[kind], tmp_path / kind / file
+    batches(data)
+    if gone:
+        path.unlink()
+        packed._handle.cache_clear()
+    else:
+        with path.open("ab") as end:
+            end.write(bytes(512))
+    sentence = f"{path.name} cannot be read any more" if gone else f"{path.name} has changed since the run looked at it"
+    fails(sentence, batches, data)
+    net, labels = Seen(nn.Conv2d(3, 3, 1).double()), tmp_path / "labels"
+    fails(
+        sentence, pseudo_label, net, data.unlabelled, data, labels, InferenceConfig(), torch.device("cpu")
+    )  # fmt: skip
 
 
 def test_pseudo_labels_of_shards(kinds: dict[str, Data], tmp_path: Path) -> None:

@@ -248,6 +248,12 @@ def evaluate(model: Model | str | Path, data: str | Path | Data | None = None, s
     """
     if not isinstance(model, Model):
         model = load(model)
+    with parallel.peers():
+        parallel.start(model.predictor.device)  # met first: one process may take longer to list the data
+        return _evaluate(model, data, split)
+
+
+def _evaluate(model: Model, data: str | Path | Data | None, split: str | None) -> Scores:
     recipe = _run_folder(model) / "recipe.yaml"
     if data is None or (isinstance(data, str | Path) and _trained_on(recipe, Path(data))):
         if not recipe.exists():
@@ -271,9 +277,7 @@ def evaluate(model: Model | str | Path, data: str | Path | Data | None = None, s
     data = replace(data, config=config)
     net = model.predictor.net
     module = net if isinstance(net, nn.Module) else _AsModule(net)
-    with parallel.peers():
-        parallel.start(model.predictor.device)
-        scores = evaluating.evaluate(module, splits[split], data, model.predictor.inference, model.predictor.device)
+    scores = evaluating.evaluate(module, splits[split], data, model.predictor.inference, model.predictor.device)
     return replace(scores, split=split)
 
 

@@ -10,6 +10,7 @@ import json
 import math
 import shutil
 import subprocess
+import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -39,12 +40,16 @@ from semiseg.methods.labelled import LossConfig
 from semiseg.networks.factory import NetworkConfig, code_file, find_weights
 from semiseg.networks.weights import copy_model, save_model
 from semiseg.types import InputError, flat
+from semiseg.watch import patience
 
 FREE = {"train.workers", "train.save_every", "train.device"}
 """Options that may change when a run goes on: the weights do not depend on them (device: on one kind of machine)."""
 
 BASELINE = "supervised"
 """The method of the labelled-only model."""
+
+PROBE = ".semiseg-"
+"""How the name of a file begins that is written to see whether one can be."""
 
 _THREADS = parallel.threads()
 """Asked for at once: a run may change torch's own number."""
@@ -98,6 +103,7 @@ def run(recipe: Recipe, out: Path, base: Path | None = None) -> None:
         parallel.wait()  # all have looked at the folder by now: from here on process 0 may write
         torch.set_num_threads(recipe.train.threads)
         _write_recipe(recipe, out, code)
+        _check_shared(out)
         for name, part in parts.items():
             if several:
                 print(f"{name}:")
@@ -117,6 +123,16 @@ def members(recipe: Recipe) -> dict[str, Recipe]:
     if recipe.data.folds is not None and recipe.data.fold is None:
         return {f"fold-{k}": _with(recipe, "data", fold=k) for k in range(recipe.data.folds)}
     return {}
+
+
+def _check_shared(out: Path) -> None:
+    """Raises InputError where this process does not see what process 0 has written; a shared disk may take a while."""
+    parallel.wait()
+    ends = time.monotonic() + patience()
+    while not (out / "recipe.yaml").exists():
+        if time.monotonic() > ends:
+            raise InputError(f"{out} is not the same folder for all processes: put --out on a disk that all see.")
+        time.sleep(0.1)
 
 
 def _check_scored(folder: Path, data: Data) -> None:
@@ -248,24 +264,35 @@ def _trained(folder: Path, results: Mapping[str, Any] | None = None) -> Trained:
 def _conclude(recipe: Recipe, out: Path, code: _Code) -> None:
     """What several trainings say together, and the model that is delivered."""
     folders = [out / name for name in members(recipe)]
-    found = [_read(folder) for folder in folders]
-    verdict = None
-    if all(_finished(folder / "baseline") for folder in folders):
-        pairs = [(_trained(folder), _trained(folder / "baseline")) for folder in folders]
-        verdict = _verdict(pairs, recipe, found[0]["split"])
-    wins = verdict is None or verdict.wins
+    # Process 0 reads and decides: on a shared disk the others may not see yet what it has just written.
+    verdict = _verdict_of_all(recipe, folders) if parallel.rank() == 0 else None
+    wins = parallel.first(verdict is None or verdict.wins)
     data = load_data(recipe.data)
-    if recipe.seeds > 1:
-        chosen = _best(folders) if wins else _best([folder / "baseline" for folder in folders])
-    else:
-        chosen, winner = out / "final", recipe if wins else labelled_only(recipe)
+    if recipe.seeds == 1:
+        winner = recipe if wins else labelled_only(recipe)
         whole = _with(winner, "data", folds=None, group=False).model_copy(update={"baseline": False})
         print(f"final: all {len(data.labelled)} masks")
-        _train(whole, data, chosen, code)
+        _train(whole, data, out / "final", code)
+    if parallel.rank() == 0:
+        _deliver(recipe, out, folders, data, verdict)
+    parallel.wait()
 
+
+def _verdict_of_all(recipe: Recipe, folders: Sequence[Path]) -> Verdict | None:
+    if not all(_finished(folder / "baseline") for folder in folders):
+        return None
+    pairs = [(_trained(folder), _trained(folder / "baseline")) for folder in folders]
+    return _verdict(pairs, recipe, _read(folders[0])["split"])
+
+
+def _deliver(recipe: Recipe, out: Path, folders: Sequence[Path], data: Data, verdict: Verdict | None) -> None:
+    """Puts the model and the results of several trainings into the run's folder."""
+    wins = verdict is None or verdict.wins
+    arm = folders if wins else [folder / "baseline" for folder in folders]
+    chosen = _best(arm) if recipe.seeds > 1 else out / "final"
     trainings = [*folders, *(folder / "baseline" for folder in folders), chosen]
     everything = [_read(folder) for folder in dict.fromkeys(trainings) if _finished(folder)]
-    results = found[0] | {
+    results = everything[0] | {
         "family": data.family,
         "labelled": len(data.labelled),
         "unlabelled": len(data.unlabelled),
@@ -281,12 +308,10 @@ def _conclude(recipe: Recipe, out: Path, code: _Code) -> None:
     }
     if results["split"] is not None:
         results |= _scores(recipe, folders, results["note"])
-    if parallel.rank() == 0:
-        copy_model(chosen / "model", out / "model")
-        if recipe.seeds == 1 and results["split"] is not None:
-            save_scores(out / "results.npz", joined([load_scores(folder / "results.npz") for folder in folders]))
-        write_json(out / "results.json", results)
-    parallel.wait()
+    copy_model(chosen / "model", out / "model")
+    if recipe.seeds == 1 and results["split"] is not None:
+        save_scores(out / "results.npz", joined([load_scores(folder / "results.npz") for folder in folders]))
+    write_json(out / "results.json", results)
 
 
 def _best(folders: Sequence[Path]) -> Path:
@@ -400,13 +425,18 @@ def _for_folder(recipe: Recipe, out: Path, code: _Code) -> Recipe:
     if stored.exists():
         threads = _same(load_recipe(stored), recipe, out)
         code.check()
-    elif out.exists() and (not out.is_dir() or any(path.name != LOCK for path in out.iterdir())):
+    elif out.exists() and (not out.is_dir() or any(not _passing(path.name) for path in out.iterdir())):
         raise InputError(f"{out} holds something that is not a run: choose another --out.")
     else:
         if parallel.rank() == 0:
             _check_writable(out)
         threads = recipe.train.threads or _THREADS
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={"threads": threads})})
+
+
+def _passing(name: str) -> bool:
+    """Whether a file in the run folder is only there while a process looks whether it may write."""
+    return name == LOCK or name.startswith(PROBE)
 
 
 def _same(before: Recipe, recipe: Recipe, out: Path) -> int:
@@ -419,13 +449,15 @@ def _same(before: Recipe, recipe: Recipe, out: Path) -> int:
                 f"{out} holds a run with {key}={as_text(old.get(key))}, not {as_text(new.get(key))}: "
                 "choose another --out, or remove that folder."
             )
-    # Of several processes each has its share of the cores, however many the run began with.
-    return before.train.threads if parallel.world() == 1 else min(before.train.threads, _THREADS)
+    # Of several processes each has its share of the cores, however many the run began with, if nothing else is said.
+    if recipe.train.threads or parallel.world() == 1:
+        return before.train.threads
+    return min(before.train.threads, _THREADS)
 
 
 def _check_writable(out: Path) -> None:
     existing = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.exists())
-    probe = existing / f".semiseg-{uuid.uuid4().hex}"
+    probe = existing / f"{PROBE}{uuid.uuid4().hex}"
     try:
         probe.touch()
         probe.unlink()

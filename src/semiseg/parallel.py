@@ -156,7 +156,7 @@ def peers() -> Iterator[None]:
     """A block whose end by an exception ends the other processes too: without this one they would wait for ever.
 
     Raises:
-        InputError: another process ended: what was wrong, that one has said.
+        InputError: another process ended: what was wrong, that one has said. Or they cannot talk to each other.
     """
     try:
         yield
@@ -168,7 +168,10 @@ def peers() -> Iterator[None]:
         sentence = _watches[0].fail(wait=GRACE if broken else 0.0)
         if not broken:
             raise
-        raise InputError(sentence or "another process of this run ended: see what it said.") from error
+        reason = text.strip().partition("\n")[0]
+        raise InputError(
+            sentence or f"the processes cannot talk to each other, and none has ended ({reason})."
+        ) from error
 
 
 @torch.no_grad()
@@ -188,6 +191,15 @@ def gather(value: T) -> list[T]:
     values: list[T | None] = [None] * world()
     dist.all_gather_object(values, value)
     return values  # type: ignore[return-value]
+
+
+def first(value: T) -> T:
+    """The value of process 0. For what lies on a disk: on a shared one the others may see it later."""
+    if world() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, 0)
+    return values[0]
 
 
 def shared_sum(values: Sequence[Tensor]) -> list[Tensor]:

@@ -29,6 +29,10 @@ class InputError(ValueError):
     """The user's input is wrong. The message is one sentence that names the file or option and says what to change."""
 
 
+class Changed(InputError):
+    """A file with many images is another one than the run looked at: no image in it is passed over as a damaged one."""
+
+
 class Interrupted(BaseException):
     """Ctrl-C or SIGTERM; no Exception, as those are caught where damaged files are read. `code` is 130 or 143."""
 

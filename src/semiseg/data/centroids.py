@@ -98,8 +98,8 @@ def places(mask: Mask, classes: int, tile: tuple[int, int], least: int = LEAST) 
 def class_centroids(rows: Rows, data: Data, tile: tuple[int, int], least: int = LEAST, workers: int = 0) -> Centroids:
     """The places of all classes in the masks of a pool, at the size that training works on.
 
-    Found once, by the first of several processes: they are kept with the resized images, known by the masks' files, the
-    size, the tile and `least`. Of pseudo-labels only px of a confidence of SURE count.
+    Found once, by the first of several processes, which tells the others. They are kept with the resized images, known
+    by the masks' files, the size, the tile and `least`. Of pseudo-labels only px of a confidence of SURE count.
 
     Args:
         rows: the pool; every row has a mask.
@@ -111,17 +111,20 @@ def class_centroids(rows: Rows, data: Data, tile: tuple[int, int], least: int = 
     Raises:
         InputError: a mask cannot be read.
     """
+    found = _found_or_kept(rows, data, tile, least, workers) if parallel.rank() == 0 else None
+    found = parallel.first(found)
+    assert found is not None
+    return found
+
+
+def _found_or_kept(rows: Rows, data: Data, tile: tuple[int, int], least: int, workers: int) -> Centroids:
     kept = _kept(rows, data, tile, least)
-    if parallel.rank() > 0:
-        parallel.wait()
-    if (found := _load(kept)) is None:  # of several processes another one only where the first could not write it
+    if (found := _load(kept)) is None:
         found = _find(rows, data, tile, least, workers)
         file = BytesIO()
         np.savez(file, row=found.row, y=found.y, x=found.x, first=found.first)
         with contextlib.suppress(InputError), replacing(kept) as part:  # a full disk costs time, not the run
             part.write_bytes(file.getvalue())
-    if parallel.rank() == 0:
-        parallel.wait()
     return found
 
 

@@ -233,6 +233,7 @@ def bare(path: str) -> str:
 def _files(folder: Path) -> dict[str, str]:
     """Relative paths of the image files below a folder by their stems, sorted; hidden ones are left out."""
     stems, paths, _ = _look(folder)
+    _check_stems(folder, stems, paths)
     return dict(zip(stems, paths, strict=True))
 
 
@@ -245,12 +246,15 @@ def _look(folder: Path) -> tuple[Strings, Strings, list[str]]:
     paths = np.fromiter(_walk(str(folder), "", shards), StringDType())
     stems = np.fromiter((os.path.splitext(path)[0] for path in paths), StringDType())
     order = np.argsort(stems, kind="stable")
-    stems, paths = stems[order], paths[order]
+    return stems[order], paths[order], sorted(shards)
+
+
+def _check_stems(folder: Path, stems: Strings, paths: Strings) -> None:
+    """Raises InputError where two sorted stems are the same."""
     twice = np.flatnonzero(stems[1:] == stems[:-1])
     if len(twice):
         first, second = sorted(paths[twice[0] : twice[0] + 2])
         raise InputError(f"{folder} has both {first} and {second}, whose masks would be the same: rename one.")
-    return stems, paths, sorted(shards)
 
 
 def _walk(folder: str, inside: str, shards: list[str]) -> Iterator[str]:
@@ -279,6 +283,7 @@ def _pairs(root: Path, places: tuple[str, str], notes: list[str]) -> Rows:
 
 def _paired(root: Path, places: tuple[str, str], seen: tuple[Strings, Strings, list[str]], notes: list[str]) -> Rows:
     (stems, paths, _), masks = seen, _files(root / places[1])
+    _check_stems(root / places[0], stems, paths)
     paired = {key: masks[key] for key in stems if key in masks} if masks else {}
     alone = [path for key, path in masks.items() if key not in paired]
     if masks and len(alone) == len(masks):

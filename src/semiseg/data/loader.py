@@ -17,7 +17,7 @@ from semiseg.data.rows import Row
 from semiseg.data.sampling import Draw, Stream, Timetable, draws
 from semiseg.data.splits import Data
 from semiseg.data.transforms import geometry
-from semiseg.types import VIEW, InputError, Labelled, Unlabelled
+from semiseg.types import VIEW, Changed, InputError, Labelled, Unlabelled
 
 MOST_SKIPPED = 100
 """Unreadable unlabelled files in a row that end the run."""
@@ -102,6 +102,8 @@ class Steps(Dataset["Item | InputError"]):
             row = stream.rows[candidate]
             try:
                 return candidate, self._open_image(row)
+            except Changed:
+                raise
             except InputError as error:
                 skipped[str(row.image)] = str(error)
         raise InputError(

@@ -8,9 +8,9 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from semiseg.types import InputError
+from semiseg.types import Changed, InputError
 
-HANDLES = 16
+HANDLES = 64
 """Archives that a process holds open."""
 GROUPS = 4
 """Row groups of Parquet files that a process keeps: images that are read in their order come from memory."""
@@ -38,9 +38,13 @@ class Shard:
         return cls(path, found.st_size, found.st_mtime_ns, column)
 
     def check(self, now: os.stat_result) -> None:
-        """Raises InputError where the file is not what it was."""
+        """Raises Changed where the file is not what it was."""
         if (now.st_size, now.st_mtime_ns) != (self.size, self.changed):
-            raise InputError(f"{self.path} has changed since the run looked at it: restore it, or start again.")
+            raise Changed(f"{self.path} has changed since the run looked at it: restore it, or start again.")
+
+    def gone(self, error: OSError) -> Changed:
+        """What to raise where the file cannot be opened any more."""
+        return Changed(f"{self.path} cannot be read any more ({error.strerror or error}): restore it.")
 
     def __str__(self) -> str:
         return self.path
@@ -66,7 +70,7 @@ class Packed:
         return PurePosixPath(self.name).suffix
 
     def read_bytes(self) -> bytes:
-        """The image file. Raises InputError where the shard cannot be read, or has changed."""
+        """The image file. Raises InputError where it cannot be read, Changed where that is so of the whole shard."""
         try:
             data = self._from_parquet() if self.shard.column else self._from_tar()
         except OSError as error:
@@ -75,14 +79,19 @@ class Packed:
 
     def _from_tar(self) -> bytes:
         offset, size = self.at
-        data = _handle(self.shard).read(size, offset)
+        handle = _handle(self.shard)
+        self.shard.check(os.fstat(handle.number))  # each time: it may be written over while it is open
+        data = handle.read(size, offset)
         if len(data) < size:
             raise InputError(f"{self} ends too early: fetch {self.shard} anew.")
         return data
 
     def _from_parquet(self) -> bytes:
         group, row = self.at
-        self.shard.check(Path(self.shard.path).stat())
+        try:
+            self.shard.check(Path(self.shard.path).stat())
+        except OSError as error:
+            raise self.shard.gone(error) from error
         cell = _row_group(self.shard, group)[row].as_py()
         data = cell["bytes"] if isinstance(cell, dict) else cell
         if data is None:
@@ -121,9 +130,10 @@ class Handle:
 
 @lru_cache(maxsize=HANDLES)
 def _handle(shard: Shard) -> Handle:
-    handle = Handle(shard.path)
-    shard.check(os.fstat(handle.number))
-    return handle
+    try:
+        return Handle(shard.path)
+    except OSError as error:
+        raise shard.gone(error) from error
 
 
 def pyarrow_parquet() -> Any:

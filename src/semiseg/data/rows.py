@@ -1,5 +1,6 @@
 """Pools of images as columns: a million rows cost some 60 MB, where a list of objects would cost gigabytes."""
 
+import hashlib
 import posixpath
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -15,6 +16,8 @@ from semiseg.data.packed import File, Packed, Shard
 
 Strings = NDArray[Any]
 """An array whose dtype is StringDType."""
+CHUNK = 1000
+"""Rows whose names are one text at a time."""
 
 
 class Row(NamedTuple):
@@ -156,6 +159,14 @@ class Rows:
     def names(self) -> Strings:
         """(n,) StringDType, what identifies a row: the image column, behind the row's place where there are several."""
         return self.image if len(self.places) == 1 else self._paths()
+
+    def digest(self) -> str:
+        """What tells these images from others: their number, and a hash of their names in their order."""
+        images = hashlib.sha256()
+        for start in range(0, len(self), CHUNK):  # one text of a million names would take gigabytes
+            names = "\n".join(self[start : start + CHUNK].names)
+            images.update((names if start == 0 else f"\n{names}").encode())
+        return f"{len(self)}, {images.hexdigest()[:16]}"
 
     def _paths(self) -> Strings:
         """(n,) StringDType, the image column behind the row's place."""

@@ -39,6 +39,8 @@ LARGE_GROUP = 32 * 2**20
 
 VERSION = 1
 """Of the kept lists."""
+_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
+"""What columns of images are called; img2dataset and webdataset take the file's suffix."""
 _BLOCK = 512
 
 
@@ -144,9 +146,9 @@ def _members(shard: Shard) -> Iterator[tuple[str, int, int]]:
         kind, own = head[156:157], _number(head[124:136])
         data = at + _BLOCK
         if kind in b"xXgLK":  # about the file that follows: pax records, records of all files, a long name or target
-            text = handle.read(own, data)
-            if len(text) < own:
+            if data + own > shard.size:
                 raise _Damaged(f"at byte {at}")
+            text = handle.read(own, data)
             if kind == b"L":
                 name = _text(text)
             elif kind in b"xX":
@@ -258,7 +260,7 @@ def _counted(lengths: list[int]) -> NDArray[np.int64]:
 
 
 def _column(path: str, schema: Any) -> str:
-    """The column of images: bytes, or a struct of `bytes` and their `path`; of several the one called image."""
+    """The column of images: bytes, or a struct of `bytes` and their `path`; of several the one of a usual name."""
     import pyarrow.types as kinds
 
     def holds_bytes(kind: Any) -> bool:
@@ -272,6 +274,7 @@ def _column(path: str, schema: Any) -> str:
             found[field.name] = f"{field.name}.bytes"
     if not found:
         raise InputError(f"{path} has no column of image files among {some(schema.names)}: name another file.")
-    if len(found) > 1 and "image" not in found:
+    usual = next((name for name in _COLUMNS if name in found), None)
+    if len(found) > 1 and usual is None:
         raise InputError(f"{path} has several columns of files ({some(found)}): call that of the images image.")
-    return found["image"] if "image" in found else next(iter(found.values()))
+    return found[usual or next(iter(found))]

@@ -369,12 +369,13 @@ def _divide(config: DataConfig, found: Found) -> tuple[Found, str]:
 
 
 def _draw_division(config: DataConfig, found: Found) -> tuple[Found, str]:
-    rows = found.train
-    names = [stem(path) for path in rows.image.tolist()]
+    rows, masked = found.train, found.train.masked
+    # The others have a part in this where a whole group stays together. There may be a million of them.
+    names = [stem(path) for path in (rows if config.group else rows[masked]).image]
     groups = np.array(prefixes(names) if config.group else names, dtype=np.dtypes.StringDType())
-    masked = rows.masked
+    units_of = groups[masked] if config.group else groups
     if config.folds is not None:
-        units = len(np.unique(groups[masked]))
+        units = len(np.unique(units_of))
         if units < config.folds:
             what = f"group{'s' * (units != 1)} of names" if config.group else f"image{'s' * (units != 1)} with a mask"
             raise InputError(
@@ -383,12 +384,12 @@ def _draw_division(config: DataConfig, found: Found) -> tuple[Found, str]:
             )
         if config.fold is None:
             return found, f"in {config.folds} folds"
-        part = assign(groups[masked], [1 / config.folds] * config.folds, config.split_seed)
+        part = assign(units_of, [1 / config.folds] * config.folds, config.split_seed)
         part = np.where(part == config.fold, _TEST, 0)
         words = f"fold {config.fold} of {config.folds}"
     else:
         assert config.split is not None
-        part = assign(groups[masked], config.split, config.split_seed)
+        part = assign(units_of, config.split, config.split_seed)
         for name, share, count in zip(
             ("train", "val", "test"), config.split, np.bincount(part, minlength=3), strict=True
         ):
@@ -400,7 +401,7 @@ def _draw_division(config: DataConfig, found: Found) -> tuple[Found, str]:
 
     where = np.zeros(len(rows), dtype=np.intp)
     where[masked] = part
-    outside = ~masked & np.isin(groups, groups[where > 0])
+    outside = ~masked & np.isin(groups, groups[where > 0]) if config.group else np.zeros(len(rows), dtype=np.bool_)
     if outside.any():
         where[outside] = -1
         found.notes.append(f"Unlabelled images of held-out groups are not used ({some(rows[outside].image)}).")

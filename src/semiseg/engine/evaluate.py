@@ -32,6 +32,10 @@ Network = Callable[[Tensor], Tensor]
 """image (B, N, H, W) -> logits (B, C, H, W)."""
 
 
+TOGETHER = 64
+"""Confusion matrices that leave the device at once: each copy waits for it, and thousands of them are its memory."""
+
+
 @dataclass(frozen=True)
 class Scores:
     """A confusion matrix an image, (images, C, C) int64 with the reference in the rows, and the images' names."""
@@ -76,14 +80,20 @@ def evaluate(net: nn.Module, rows: Rows, data: Data, config: InferenceConfig, de
         image, mask = open_pair(rows[i], d.channels, data.code, d.size, d.cache, whole_mask=True)
         return to_tensor(image), torch.from_numpy(mask)
 
-    confusions = [torch.zeros((0, len(data.classes), len(data.classes)), dtype=torch.int64, device=device)]
+    confusions = [np.zeros((0, len(data.classes), len(data.classes)), dtype=np.int64)]
+    waiting: list[Tensor] = []
     for image, mask in ahead(read, range(parallel.rank(), len(rows), parallel.world())):
         probs = probabilities(net, image.to(device), config)
         label = winner(resize(probs, (mask.shape[0], mask.shape[1])))
-        confusions.append(confusion(label, mask[None].to(device), len(data.classes))[None])
+        waiting.append(confusion(label, mask[None].to(device), len(data.classes)))
+        if len(waiting) == TOGETHER:
+            confusions.append(torch.stack(waiting).cpu().numpy())
+            waiting.clear()
+    if waiting:
+        confusions.append(torch.stack(waiting).cpu().numpy())
     for part, training in modes:  # a method may keep batch norms in eval mode inside a network that trains
         part.training = training
-    shares = parallel.gather(torch.cat(confusions).cpu().numpy())
+    shares = parallel.gather(np.concatenate(confusions))
     whole = np.empty((len(rows), *shares[0].shape[1:]), dtype=np.int64)
     for i, share in enumerate(shares):
         whole[i :: len(shares)] = share

@@ -21,7 +21,7 @@ from semiseg.engine.log import tracked
 from semiseg.files import replacing
 from semiseg.ops.pseudo import Pair
 from semiseg.ops.resize import resize
-from semiseg.types import IGNORE, InferenceConfig, InputError
+from semiseg.types import IGNORE, Changed, InferenceConfig, InputError
 
 Image8 = NDArray[np.uint8]
 
@@ -166,6 +166,8 @@ def run_jobs(
     def read(number: int) -> NDArray[np.generic] | InputError:
         try:
             return read_image(jobs[number].source, predictor.channels)
+        except Changed:
+            raise
         except InputError as error:
             return error
 
@@ -190,9 +192,7 @@ def run_jobs(
         mask = np.where(prediction.confidence < least, np.uint8(IGNORE), prediction.mask) if least else prediction.mask
         write_mask(job.mask, mask, predictor.palette)
 
-    todo = [number for number, job in enumerate(jobs) if not job.done()]
-    parallel.wait()  # until all have seen the same files, before one writes any
-    mine = todo[parallel.rank() :: parallel.world()]
+    mine = [n for n in range(parallel.rank(), len(jobs), parallel.world()) if not jobs[n].done()]
     failed: dict[str, str] = {}
     for _ in ahead(write, predicted()):
         pass

@@ -64,7 +64,7 @@ def pseudo_label(
     _claim(folder, {**fingerprint(net, rows, data, inference), "least": least, "top": top, "merge": merge})
     jobs = _Jobs(rows, folder, top > 1)
     report = folder / REPORT
-    if report.exists():
+    if parallel.first(report.exists()):
         _check_whole(jobs, finished(rows, data, folder)[1].failed, folder)
     else:
         began = time.perf_counter()
@@ -161,13 +161,9 @@ def weights_hash(net: nn.Module) -> str:
 
 def fingerprint(net: nn.Module, rows: Rows, data: Data, inference: InferenceConfig) -> dict[str, Any]:
     """What a network's predictions of these images depend on."""
-    images = hashlib.sha256()
-    for start in range(0, len(rows), SHARD):  # one text of a million names would take gigabytes
-        names = "\n".join(rows[start : start + SHARD].names)
-        images.update((names if start == 0 else f"\n{names}").encode())
     return {
         "teacher": weights_hash(net),
-        "images": f"{len(rows)}, {images.hexdigest()[:16]}",
+        "images": rows.digest(),
         "classes": list(data.classes),
         "size": list(data.config.size) if isinstance(data.config.size, tuple) else data.config.size,
         "inference": json.loads(inference.model_dump_json()),

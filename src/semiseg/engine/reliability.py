@@ -25,7 +25,7 @@ from semiseg.engine.predict import Predictor
 from semiseg.engine.pseudo import differing, fingerprint, weights_hash
 from semiseg.files import write_json
 from semiseg.ops.metrics import agreement, confusion
-from semiseg.types import InferenceConfig, InputError
+from semiseg.types import Changed, InferenceConfig, InputError
 
 FILE = "reliability.json"
 """Written when all images have a score."""
@@ -84,7 +84,7 @@ def reliability(
     assert not any(net.training for net in nets), "snapshots are in eval mode"
     depends = {**fingerprint(nets[-1], rows, data, inference), "snapshots": [weights_hash(net) for net in nets]}
     path = folder / FILE
-    if not path.exists():
+    if not parallel.first(path.exists()):
         began = time.perf_counter()
         sizes = data.config.channels, data.config.size
         predictors = [Predictor(net, data.classes, data.palette, *sizes, inference, device) for net in nets]
@@ -106,6 +106,8 @@ def _scores(predictors: Sequence[Predictor], rows: Rows) -> tuple[list[float | N
     def read(row: Row) -> NDArray[np.generic] | InputError:
         try:
             return read_image(row.image, channels)
+        except Changed:
+            raise
         except InputError as error:
             return error
 

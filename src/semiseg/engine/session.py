@@ -70,6 +70,8 @@ class Progress:
     seconds: float = 0.0
     peak_gb: float = 0.0
     skipped: dict[str, str] = field(default_factory=dict)
+    pools: dict[str, str] = field(default_factory=dict)
+    """What tells the images of each stream from others (`Rows.digest`)."""
 
     def lacks(self, step: int, evaluations: set[int]) -> bool:
         """Whether the evaluation that is due at `step` was interrupted."""
@@ -263,7 +265,8 @@ class Session:
         timetable = _timetable(streams, c.steps * c.batch)
         _check_blocks(streams, c.batch)
         total = timetable.steps
-        start, progress = self._restore(method)
+        pools = {name: stream.rows.digest() for name, stream in streams.items()}
+        start, progress = self._restore(method, pools)
         evaluations = {round(total * (i + 1) / c.evaluations) for i in range(c.evaluations)} | {total}
         evaluations = evaluations - {0} if len(data.val) else set()
         if start == total and not progress.lacks(start, evaluations):
@@ -376,14 +379,21 @@ class Session:
             else ["no class has a place in any image: crops are drawn anywhere"]
         )
 
-    def _restore(self, method: Trainable) -> tuple[int, Progress]:
+    def _restore(self, method: Trainable, pools: dict[str, str]) -> tuple[int, Progress]:
         """Puts the checkpoint's state into the method; the step to go on with, and the progress so far."""
         state = checkpoint.load(self.weights)
         if len(set(parallel.gather(state["step"] if state else 0))) > 1:
             raise InputError(f"{self.folder} is not the same folder for all processes: put --out on a shared disk.")
         if state is None:
             parallel.same(method.state_dict().values())
-            return 0, Progress()
+            return 0, Progress(pools=pools)
+        progress = Progress(**state["progress"])
+        if progress.pools != pools:
+            other = [name for name, pool in pools.items() if name not in progress.pools or progress.pools[name] != pool]
+            raise InputError(
+                f"The {' and '.join(other)} images are not those that {self.folder} has learned from: restore them, or "
+                "choose another --out."
+            )
         try:
             method.load_state_dict(state["method"])
             for name, optimizer in method.optimizers.items():
@@ -394,7 +404,7 @@ class Session:
                 f"{self.folder} holds a run of another network ({reason}): if the classes or the code have changed "
                 "since, choose another --out."
             ) from error
-        return state["step"], Progress(**state["progress"])
+        return state["step"], progress
 
     def _evaluate(
         self, method: Trainable, data: Data, done: int, progress: Progress, log: Log, signals: "_Signals"
