@@ -170,6 +170,12 @@ def test_damage_inside_an_archive(tmp_path: Path) -> None:
     path.write_bytes(data)
     assert packed_images([str(path)], notes).names.tolist() == ["0.png"]
     assert "gives no size" in notes[1]
+    head = data[at : at + 124] + b"\xff" * 12 + data[at + 136 : at + 512]
+    head[156:157] = b"L"  # of a long name, larger than all disks
+    data[at : at + 512] = with_checksum(head)
+    path.write_bytes(data)
+    assert packed_images([str(path)], notes).names.tolist() == ["0.png"]
+    assert f"at byte {at}" in notes[2]
 
 
 def test_files_that_are_no_archives(tmp_path: Path) -> None:
@@ -276,6 +282,7 @@ def test_columns_of_images(parquet: Save) -> None:
     structs = parquet({"label": [0] * 8, "image": as_datasets_does(8), "mask": as_datasets_does(8)})
     assert images_of(structs) == expected
     assert images_of(parquet({"jpg": files, "text": ["t"] * 8}, rows=8)) == expected
+    assert images_of(parquet({"md5": [b"m"] * 8, "jpg": files}, rows=8)) == expected
     assert images_of(parquet({"a.b": files}, rows=1, **{"a.b": pa.large_binary})) == expected
     assert images_of(parquet({"jpg": files[:0]}, jpg=pa.binary)) == {}
 

@@ -327,8 +327,14 @@ def test_the_order_of_files(tmp_path: Path) -> None:
     found = find_images(tmp_path, [])
     assert found.image.tolist() == sorted([*names, "link/b.jpg"], key=lambda name: str(PurePath(name).with_suffix("")))
     (tmp_path / "a/b.PNG").touch()
-    with pytest.raises(InputError, match=r"has both a/b.PNG and a/b.jpg, whose masks would be the same: rename one"):
-        find_images(tmp_path, [])
+    assert len(find_images(tmp_path, [])) == len(found) + 2, "no masks are looked for (the link leads there too)"
+
+
+def test_two_images_of_one_stem(tree: Tree) -> None:
+    fails(
+        "has both a.jpg and a.png, whose masks would be the same: rename one",
+        tree({**pairs(["a", "b"]), "images/a.png": None}),
+    )
 
 
 def test_wrong_format(tree: Tree) -> None:
