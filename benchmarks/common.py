@@ -105,6 +105,14 @@ def run_script(main: Callable[[], int | None]) -> None:
         sys.exit(130)
 
 
+def highest(process: int | str = "self") -> float | None:
+    """Peak MB of a process so far; none where the system does not tell."""
+    # Not getrusage: its peak is inherited from the process that started this one.
+    status = Path("/proc", str(process), "status")
+    lines = [line for line in status.read_text().splitlines() if "VmHWM" in line] if status.exists() else []
+    return int(lines[0].split()[1]) * 1024 / 1e6 if lines else None
+
+
 def build_method(recipe: Recipe, data: Data, device: torch.device, base: Path) -> StepMethod:
     """The recipe's method on the device, its networks from random weights: they are as fast as others."""
     build = Build(

@@ -22,19 +22,19 @@ included, median and quartiles. `read`: of one image at a random place, with its
 import io
 import json
 import os
-import resource
 import subprocess
 import sys
 import tarfile
 import tempfile
 import time
 from collections.abc import Sequence
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from common import build_method, finish, parser, run_script, table
+from common import build_method, finish, highest, parser, run_script, table
 from PIL import Image
 
 from semiseg.config import Recipe, parse
@@ -44,7 +44,7 @@ from semiseg.data.check import leaks
 from semiseg.data.loader import Steps, steps
 from semiseg.data.sampling import Timetable
 from semiseg.data.splits import load_data
-from semiseg.types import Clock
+from semiseg.types import Clock, InputError
 
 KINDS = ("files", "tar", "parquet")
 SHARD, ROW_GROUP, PICTURES = 10_000, 100, 64
@@ -127,11 +127,6 @@ def recipe_of(scenes: Path, pool: Path) -> Recipe:
     return parse(plain, "benchmarks/pool.py")
 
 
-def peak(who: int) -> float:
-    """MB of this process, or of the largest one that it has ended."""
-    return resource.getrusage(who).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
-
-
 def measure(scenes: Path, pool: Path, count: int) -> dict[str, Any]:
     """What this process, a fresh one, sees of a pool; without steps (`count` 0) its start alone."""
     recipe, device = recipe_of(scenes, pool), torch.device("cpu")
@@ -142,16 +137,24 @@ def measure(scenes: Path, pool: Path, count: int) -> dict[str, Any]:
     start = time.perf_counter() - begun
     method = build_method(recipe, data, device, scenes)
     streams = method.streams(data, recipe.train.batch, recipe.train.crop)
+    begun = time.perf_counter()
     timetable = Timetable(streams["unlabelled"].phases, max(1, WARM + count) * recipe.train.batch)
+    for stream in streams.values():
+        stream.rows.digest()  # as a run does, to know its images when it goes on
+    start += time.perf_counter() - begun
     seconds, begun = [], time.perf_counter()
+    reader: float | None = None
     for number, item in enumerate(steps(Steps(streams, timetable, data, 0), 0, 1, False)):
         if number == 0:
             start += time.perf_counter() - begun
         if count:
             method.step(Clock(number, timetable.steps), **item.batches)
         seconds.append(time.perf_counter() - begun)
+        reader = max((highest(child.pid) or 0.0 for child in active_children() if child.pid), default=reader)
     places = np.random.default_rng(1).integers(len(data.unlabelled), size=READ)
-    memory, reader = peak(resource.RUSAGE_SELF), peak(resource.RUSAGE_CHILDREN)
+    memory = highest()
+    if memory is None or reader is None:
+        raise InputError("this system does not tell how much memory a process needs: run pool.py on Linux.")
     begun = time.perf_counter()
     for place in places.tolist() if count else ():
         open_image(data.unlabelled[place], 3, None, cache=False)

@@ -26,10 +26,11 @@ from unittest import mock
 
 import numpy as np
 import torch
-from common import DEFAULT, finish, parser, run_script, table
+from common import DEFAULT, finish, highest, parser, run_script, table
 from passes import Bench, prepare
 
 from semiseg.config import Recipe, load_recipe, override, parse
+from semiseg.networks.net import SegNet
 from semiseg.types import InputError
 
 TIME, MEMORY = 1.15, 1.10
@@ -81,16 +82,22 @@ PARTS = {
 
 def breakdown(bench: Bench, rounds: int) -> dict[str, float]:
     """Median milliseconds of the parts of a step; the losses' gradients are in `backward`."""
-    method, spent = bench.method, defaultdict(float)
+    method, spent, inside = bench.method, defaultdict[str, float](float), list[str]()
 
-    def timed(function: Callable[..., Any], part: str) -> Callable[..., Any]:
+    def timed(function: Callable[..., Any], part: str = "") -> Callable[..., Any]:
         @wraps(function)
         def call(*args: Any, **options: Any) -> Any:
+            if inside:  # of a part that is timed
+                return function(*args, **options)
             bench.wait()
+            inside.append(part)
             begun = time.perf_counter()
             result = function(*args, **options)
             bench.wait()
-            spent[part] += time.perf_counter() - begun
+            inside.clear()
+            spent[part or ("forward" if torch.is_grad_enabled() else "teacher's forward")] += (
+                time.perf_counter() - begun
+            )
             return result
 
         return call
@@ -101,13 +108,9 @@ def breakdown(bench: Bench, rounds: int) -> dict[str, float]:
     if hasattr(method, "bank"):
         places += [(method.bank, name, "contrastive part") for name in ("push", "draw")]
     places += [(o, name, "optimiser") for o in method.optimizers.values() for name in ("step", "zero_grad")]
-    inside = {
-        "student": "forward",
-        "teacher": "teacher's forward",
-        "critic": "critic's forward",
-        "loss": "targets and loss",
-    }
-    places += [(child, "forward", inside[name]) for name, child in method.named_children() if name in inside]
+    children = {"student": "", "teacher": "", "critic": "critic's forward", "loss": "targets and loss"}
+    places += [(child, "forward", children[name]) for name, child in method.named_children() if name in children]
+    places += [(SegNet, name, "") for name in ("encode", "fuse", "classify")]  # of methods that call them apart
     found = []
     with ExitStack() as stack:
         for owner, name, part in places:
@@ -156,13 +159,6 @@ def peak(recipe: Recipe, base: Path, device: torch.device, side: str) -> float |
         return torch.cuda.max_memory_allocated() / 1e6
     after = highest()
     return None if before is None or after is None else after - before
-
-
-def highest() -> float | None:
-    # Not getrusage: its peak is inherited from the process that started this one.
-    status = Path("/proc/self/status")
-    lines = [line for line in status.read_text().splitlines() if "VmHWM" in line] if status.exists() else []
-    return int(lines[0].split()[1]) * 1024 / 1e6 if lines else None
 
 
 def _peak_apart(path: Path, overrides: list[str], method: str, device: str, side: str) -> float | None:
