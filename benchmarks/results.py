@@ -184,13 +184,13 @@ def _ranks(found: list[dict[str, Any]]) -> str:
         "What each method gains over labelled-only (paired over seeds), its rank on each data set and the runs behind\n"
         f"it, of the methods that have a score on all.\n\n{table(rows)}\n\nThe default is `{DEFAULT}`"
     )
-    best = [complete[i] for i in order if complete[i] != "supervised"][0]
+    best = next(complete[i] for i in order if complete[i] != "supervised")
     if complete[order[0]] == DEFAULT:
         return f"{text}, which ranks first.\n"
     if complete[order[0]] == "supervised":
         text += (
-            ". `supervised` ranks first: it needs no default, as it is trained beside every semi-supervised method, and\n"
-            "delivered where it is better"
+            ". `supervised` ranks first: as it is trained beside every semi-supervised method, and delivered where\n"
+            "it is better, it needs no default"
         )
     if best != DEFAULT:
         text += (
