@@ -1,7 +1,9 @@
-"""Draws nuclei.png: image, reference and prediction of test images of DSB2018 (CC0).
+"""Draws nuclei.png: test images of DSB2018 (CC0), reference, and the predictions of labelled-only and of FixMatch.
 
-semiseg predict RUN $SEMISEG_DATA/dsb2018/images/test -o MASKS
-python docs/pictures/nuclei.py MASKS
+semiseg train recipes/dsb2018/fixmatch-mobilenetv2-5.yaml --out RUN
+semiseg predict RUN/baseline $SEMISEG_DATA/dsb2018/images/test -o LABELLED_ONLY
+semiseg predict RUN $SEMISEG_DATA/dsb2018/images/test -o FIXMATCH
+python docs/pictures/nuclei.py LABELLED_ONLY FIXMATCH
 """
 
 import os
@@ -19,22 +21,19 @@ PALETTE = ((0, 0, 0), (255, 120, 0))
 HEIGHT, EACH = 180, 5
 
 
-def main(masks: Path) -> None:
+def main(folders: list[Path]) -> None:
     """Takes every EACH-th part of the test images, in the order of their names: not chosen by how they look."""
-    names = sorted(path.stem for path in masks.glob("*.png"))
+    names = sorted(path.stem for path in folders[0].glob("*.png"))
+    code = MaskCode(2, values=((0, 0), (1, 1)))
     columns = []
     for name in names[:: len(names) // EACH][:EACH]:
         image = read_image(next((DATA / "images/test").glob(f"{name}.*")), 3)
-        reference = read_mask(DATA / f"masks/test/{name}.png", MaskCode(2, values=((0, 0), (1, 1))))
-        prediction = read_mask(masks / f"{name}.png", MaskCode(2, values=((0, 0), (1, 1))))
-        cells = [
-            image,
-            *(blend(image, np.where(m == 1, 1, 255).astype(np.uint8), PALETTE) for m in (reference, prediction)),
-        ]
+        masks = [read_mask(folder / f"{name}.png", code) for folder in (DATA / "masks/test", *folders)]
+        cells = [image, *(blend(image, np.where(m == 1, 1, 255).astype(np.uint8), PALETTE) for m in masks)]
         columns.append(np.concatenate([np.array(Image.fromarray(c).resize((HEIGHT, HEIGHT))) for c in cells]))
     picture = Image.fromarray(np.concatenate(columns, axis=1)).quantize(128)
     picture.save(Path(__file__).with_suffix(".png"), optimize=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main([Path(folder) for folder in sys.argv[1:]])
