@@ -54,6 +54,22 @@ def test_a_copy_counts_once() -> None:
         compare([one, two, run("two", 0, [n + 8 for n in right])])
 
 
+def test_other_settings_are_named() -> None:
+    """Of all methods what is not the method's own; of that what runs of one method do otherwise."""
+    runs = [run(name, 0, [30]) for name in ("one", "two", "two")]
+    own: list[dict[str, object]] = [{}, {"ema": 0.9}, {"ema": 0.8}]
+    options = [
+        {"method": {**r.options["method"], **o}, "train": {"steps": s}}
+        for r, o, s in zip(runs, own, (1, 2, 2), strict=True)
+    ]
+    lines = compare([replace(r, options=o) for r, o in zip(runs, options, strict=True)])
+    assert [line.label for line in lines] == [
+        "one train.steps=1",
+        "two method.ema=0.9 train.steps=2",
+        "two method.ema=0.8 train.steps=2",
+    ]
+
+
 def test_other_masks_are_no_pair() -> None:
     """Their names are the same."""
     one, two = run("one", 0, [30, 40], [50]), run("two", 0, [50, 60], [50])

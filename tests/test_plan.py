@@ -294,7 +294,7 @@ STEP = "a step of 5 trainings, 5 labelled-only ones and the last one, timed here
     ("hours", "steps", "save_every", "ema", "reason"),
     [
         (10, 1472, 29, 0.986, f"10 h: {STEP}"),
-        (0.5, 100, 10, 0.8, f"the fewest that make sense, longer than 0.5 h: {STEP}"),
+        (0.5, 100, 10, 0.8, f"the fewest that make sense, some 41 min, longer than 0.5 h: {STEP}"),
         (1000, 40_000, 800, 0.99, f"more are rarely of use, although 1000 h have room for 147272: {STEP}"),
     ],
 )

@@ -474,6 +474,28 @@ def test_a_worker_that_the_system_ends(case: Case) -> None:
         run(case, "run", at(2, kill), workers=1, steps=200, save_every=200, log_every=200, evaluations=1)
 
 
+def test_an_error_of_a_method_ends_what_reads(case: Case) -> None:
+    """Also while its traceback is held, as Python holds that of a script, which would not end before they do."""
+
+    def fail() -> None:
+        raise TypeError("a method of one's own")
+
+    with pytest.raises(TypeError) as held:
+        run(case, "run", at(2, fail), workers=1, steps=200, save_every=200, log_every=200, evaluations=1)
+    assert held.tb is not None
+    assert not multiprocessing.active_children()
+
+
+def test_what_taught_nothing_is_said(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(Log, "line", lambda _, text: lines.append(text))
+    for threshold, told in ((1.0, 1), (0.0, 0)):
+        own = replace(case, method="fixmatch", options={"threshold": threshold})
+        run(own, f"threshold {threshold}", steps=2)
+        assert sum("NO unlabelled pixel was confident" in line for line in lines) == told
+        lines.clear()
+
+
 def test_no_unlabelled_image(case: Case) -> None:
     data = case.data()
     with pytest.raises(InputError, match=r"data\.unlabelled"):

@@ -128,7 +128,7 @@ def verdict_of(*pairs: tuple[Trained, Trained], how: Any = "one") -> Verdict:
 def test_a_gain() -> None:
     right = np.linspace(50, 70, 10)
     verdict = verdict_of((trained(right + 9, 0.6), trained(right, 0.5)))
-    assert verdict.wins
+    assert (verdict.wins, verdict.outcome) == (True, "gain")
     assert verdict.difference == pytest.approx(100 * (69 / 131 - 60 / 140), abs=0.5)
     assert verdict.interval is not None
     assert 0 < verdict.interval[0] < verdict.difference < verdict.interval[1]
@@ -141,12 +141,12 @@ def test_a_gain() -> None:
 
 def test_no_difference_and_a_loss() -> None:
     right, other = np.linspace(50, 70, 10), np.linspace(70, 50, 10)
-    assert verdict_of((trained(right), trained(other))).words.startswith(
-        "Not distinguishable from labelled-only: +0.00"
-    )
+    alike = verdict_of((trained(right), trained(other)))
+    assert alike.words.startswith("Not distinguishable from labelled-only: +0.00")
+    assert alike.outcome == "not distinguishable"
     worse = verdict_of((trained(right - 9), trained(right)))
     assert worse.words.startswith("No gain over labelled-only: -")
-    assert not worse.wins
+    assert (worse.wins, worse.outcome) == (False, "no gain")
     assert worse.why.startswith("Delivered: the labelled-only model; chosen on the same images")
 
 

@@ -219,7 +219,10 @@ def predict(
     from semiseg import api
 
     done, there, failed = api.predict(api.load(model, window=window), images, out, confidence, overlay)
-    print(f"{done} masks written to {out}" + f"; {there} were there before: remove them to predict again" * (there > 0))
+    print(
+        f"{done} masks written to {out}"
+        + f"; {there} were there before, of whatever model: remove them to predict again" * (there > 0)
+    )
     for reason in failed.values():
         print(f"error: {reason}", file=sys.stderr)
     if failed:

@@ -1,5 +1,6 @@
 """Writes a recipe for a folder: measures it, chooses, and gives each choice its reason as a comment."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -89,7 +90,8 @@ def plan(folder: Path, hours: float | None = 1.0) -> str:
         timed = f"a step of {what}, timed here, takes {every:.2g} s"
         why = f"{hours:g} h: {timed}"
         if fitting < steps:
-            why = f"the fewest that make sense, longer than {hours:g} h: {timed}"
+            minutes = math.ceil(steps * every / 60 / 0.9)
+            why = f"the fewest that make sense, some {minutes} min, longer than {hours:g} h: {timed}"
         elif fitting > steps:
             why = f"more are rarely of use, although {hours:g} h have room for {fitting}: {timed}"
         lines["train"]["steps"] = (steps, why)

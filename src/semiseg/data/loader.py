@@ -1,7 +1,7 @@
 """From rows to batches. Item t of the data set is step t: to resume is to start later, and workers cannot matter."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,8 +159,8 @@ def _stack(images: tuple[Tensor, ...]) -> Tensor:
     return torch.stack(images)
 
 
-def steps(dataset: Steps, start: int, workers: int, pin: bool) -> Iterator[Item]:
-    """The items from step `start` to the end, in order.
+def steps(dataset: Steps, start: int, workers: int, pin: bool) -> Generator[Item]:
+    """The items from step `start` to the end, in order. To be closed by who does not take all.
 
     Raises:
         InputError: a labelled file cannot be used, or too many unlabelled ones.

@@ -194,7 +194,7 @@ def _same_images(a: Run, b: Run) -> bool:
 
 
 def _labels(runs: list[Run]) -> list[str]:
-    """The method's name, with the options in which runs of the same method differ."""
+    """The method's name, with its options in which runs of the same method differ, and others in which any do."""
     every = [flat(run.options) for run in runs]
     differing = {key for options in every for key in options if any(o.get(key) != options[key] for o in every)}
     labels = []
@@ -203,7 +203,8 @@ def _labels(runs: list[Run]) -> list[str]:
         shown = [
             k
             for k in sorted(differing)
-            if not k.startswith("method.name") and any(o.get(k) != options.get(k) for o in same)
+            if k != "method.name"
+            and any(o.get(k) != options.get(k) for o in (same if k.startswith("method.") else every))
         ]
         labels.append(" ".join([options["method.name"], *(f"{key}={options[key]}" for key in shown if key in options)]))
     return labels

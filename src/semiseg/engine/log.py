@@ -20,7 +20,15 @@ from semiseg.files import appending, replacing, write_text
 
 T = TypeVar("T")
 
-PANELS = {"loss": "losses", "rate": "learning rates", "val": "validation", "queue/": "keys a class", "": "other"}
+PANELS = {
+    "loss": "losses",
+    "rate": "learning rates",
+    "val": "validation",
+    "queue/": "keys a class",
+    "threshold/": "thresholds",
+    "images_per_second": "images a second",
+    "": "other",
+}
 """Which panel of curves.png a metric belongs to, by how its name begins; the first that fits."""
 
 NAMED = 24

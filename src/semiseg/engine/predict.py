@@ -210,12 +210,12 @@ def _without(images: list[tuple[Path, Path]], paths: Sequence[Path], out: Path) 
 def blend(
     image: NDArray[np.generic], mask: Image8, palette: Sequence[tuple[int, int, int]], share: float = 0.5
 ) -> Image8:
-    """The image (H, W, N) with its mask in colours over it, (H, W, 3); pixels without a class stay as they are."""
+    """The image (H, W, N) with its mask in colours over it, (H, W, 3); what has no class or is black stays as it is."""
     grey = image.astype(np.float32) / (257 if image.dtype == np.uint16 else 1)
     rgb = grey[..., :3] if image.shape[2] >= 3 else np.repeat(grey[..., :1], 3, axis=2)
     colours = np.zeros((256, 3), dtype=np.float32)
     colours[: len(palette)] = palette
-    labelled = (mask < len(palette))[..., None]
+    labelled = colours[mask].any(-1, keepdims=True)
     mixed = np.where(labelled, (1 - share) * rgb + share * colours[mask], rgb)
     return mixed.round().clip(0, 255).astype(np.uint8)
 

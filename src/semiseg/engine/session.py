@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
@@ -275,11 +275,14 @@ class Session:
         self._tell_shown(streams, data)
         kept = {share: max(1, round(total * share)) for share in (*c.keep, *keep)}
         rank, world = parallel.rank(), parallel.world()
+        dataset = Steps(streams, timetable, data, c.seed, rank, world)
         with (
             Log(self.folder, total, start, rank == 0) as log,
             _Signals() as signals,
             memory_errors(smaller(c)),
             _compiled(method, c.compile),
+            # Closed, whatever ends the block: processes that read ignore the signal by which Python would end them.
+            closing(steps(dataset, start, c.workers, self.device.type == "cuda")) as items,
         ):
             self._tell_start(log, start, total)
             began, before = time.perf_counter(), progress.seconds
@@ -299,8 +302,7 @@ class Session:
             scalars = _Scalars()
             skipped: dict[str, str] = {}
             images, since = 0, time.perf_counter()
-            dataset = Steps(streams, timetable, data, c.seed, rank, world)
-            loader = _Waiting(steps(dataset, start, c.workers, self.device.type == "cuda"))
+            loader = _Waiting(items)
             for step, item in enumerate(loader, start):
                 clock = Clock(step, total, timetable.progress(step))
                 rate = method.schedule.rate(clock.progress) * timetable.rate(step)
@@ -346,6 +348,7 @@ class Session:
                         save(done, told.signal if world > 1 else signals.received)
             if not evaluations:  # else the last one has drawn them
                 log.curves()
+            _tell_unused(log)
         checkpoint.load_weights(self.delivered, method.predictor())
         return method.predictor()
 
@@ -524,6 +527,9 @@ def _compiled(method: Trainable, wanted: bool) -> Iterator[None]:
         ) from error
 
 
+SHARES = {"confident", "selected"}
+"""What methods call the share of the unlabelled pixels that they learn from."""
+
 REFRESH = 200
 """Batches whose mean replaces batch norm's running statistics where a run ends with small crops."""
 
@@ -562,6 +568,16 @@ def _check_blocks(streams: Mapping[str, Stream], own: int) -> None:
                     f"train.batch: {batch} images cannot be divided among {world} processes into equal blocks"
                     f"{what}: take train.batch={better}, or launch fewer processes."
                 )
+
+
+def _tell_unused(log: Log) -> None:
+    """Says so where no pixel of an unlabelled image was ever learned from."""
+    for name in sorted(SHARES & log.columns.keys()):
+        if not any(row[name] for row in log.rows.values() if name in row):
+            log.line(
+                f"NO unlabelled pixel was {name}: nothing was learned from the unlabelled images. Train longer, or "
+                "lower the method's threshold."
+            )
 
 
 def _say(remarks: Iterable[str]) -> None:

@@ -29,6 +29,8 @@ class Verdict:
     words: str
     why: str
     """What is delivered, and why."""
+    outcome: Literal["gain", "no gain", "not distinguishable", "not known"]
+    """What the words say: whether the interval is above zero, below it, or holds it; or there is no score."""
     wins: bool
     """Whether the method is delivered; val may say so where the reported split does not."""
     method: float
@@ -73,13 +75,18 @@ def judge(
     many = f", means of {len(pairs)} seeds" if how == "seeds" else ", each out of fold" if how == "folds" else ""
     images = f"{len(first.names)} image{'s' * (len(first.names) != 1)}"
     numbers = f"({baseline:.2f} -> {method:.2f} on {split}, {images}{many})"
+    outcome: Literal["gain", "no gain", "not distinguishable", "not known"]
     if not scored:
+        outcome = "not known"
         words = f"No verdict: no mask of {split} has a class."
     elif interval is None or interval[0] <= 0 <= interval[1]:
+        outcome = "not distinguishable"
         words = f"Not distinguishable from labelled-only: {difference:+.2f} mIoU {numbers}."
     elif difference > 0:
+        outcome = "gain"
         words = f"{difference:+.2f} mIoU over labelled-only {numbers}."
     else:
+        outcome = "no gain"
         words = f"No gain over labelled-only: {difference:+.2f} mIoU {numbers}."
     if scored:
         words += f" {_limits(interval, how, split, first.names)}"
@@ -90,7 +97,7 @@ def judge(
     else:
         wins, reason = difference > 0, "chosen on the same images, so that its score is a little optimistic"
     why = f"Delivered: the {name if wins else 'labelled-only'} model; {reason}."
-    return Verdict(words, why, wins, method, baseline, difference, interval, covers)
+    return Verdict(words, why, outcome, wins, method, baseline, difference, interval, covers)
 
 
 def _limits(interval: Interval | None, how: str, split: str, names: Sequence[str]) -> str:

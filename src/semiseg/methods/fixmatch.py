@@ -127,11 +127,15 @@ class FixMatch(StepMethod):
         loss_unlabelled = masked_cross_entropy(logits_strong, label, selected, valid)
         values += self.update("student", *terms, (0.5 * c.weight, loss_unlabelled))
         ema_update(self.teacher, self.student, clock.step, c.ema)
-        return {
+        scalars = {
             "loss": values[0],
             "loss_unlabelled": values[-1],
             "confident": confident.sum() / unlabelled.valid.sum(),
         }
+        if self.thresholds is not None:
+            names = self.build.names or map(str, range(self.build.classes))
+            scalars |= {f"threshold/{n}": limit for n, limit in zip(names, self.thresholds.of_classes(), strict=True)}
+        return scalars
 
     def _threshold(self, label: Tensor, confidence: Tensor, unlabelled: Unlabelled, step: int) -> Tensor | float:
         """Of each pixel, (B, H, W), or of all."""

@@ -489,7 +489,7 @@ def _create(config: NetworkConfig, classes: int, channels: int) -> nn.Module:
             raise InputError(f"network.encoder_options: {config.encoder} has no {unknown[1]}; remove it.") from error
         raise InputError(
             f"network: {config.name} cannot be built on {config.encoder} ({_reason(error)}): choose another "
-            "network.encoder or network.name."
+            "network.encoder or network.name (dpt takes plain vision transformers)."
         ) from error
     return model
 
