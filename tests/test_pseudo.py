@@ -249,6 +249,7 @@ def test_processes_share_the_images(net: Net, data: Data, tmp_path: Path, monkey
     monkeypatch.setattr(parallel, "world", lambda: 2)
     monkeypatch.setattr(parallel, "wait", lambda: None)
     monkeypatch.setattr(parallel, "gather", lambda value: [value])
+    monkeypatch.setattr(parallel, "first", lambda value: value)
     monkeypatch.setattr(Job, "done", lambda _: False)  # both begin at the same time
     for rank in (0, 1):
         monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
