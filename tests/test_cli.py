@@ -260,7 +260,10 @@ def test_predict(semiseg: Command, home: Path, drawn: Path) -> None:
         assert pixels(f"out/overlay/{path.stem}.jpg").shape == (*prediction.mask.shape, 3)
 
     Path("out/scene-00003.png").unlink()
-    assert semiseg(*words).out == "1 masks written to out; 5 were there before, of whatever model: remove them to predict again\n"
+    assert (
+        semiseg(*words).out
+        == "1 masks written to out; 5 were there before, of whatever model: remove them to predict again\n"
+    )
     assert semiseg("predict", home / "run", images, "-o", "out").out.startswith("0 masks written to out; 6 were there")
 
 
