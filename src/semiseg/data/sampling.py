@@ -255,7 +255,7 @@ class Mixture:
     def epoch(self, seed: int, stream: int, number: int) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
         """One epoch's samples, shuffled: row numbers (n,), and (y, x) of the place each is drawn around (n, 2), or -1.
 
-        Held whole, also of a large pool: some 20 MB a million samples.
+        Held whole, also of a large pool: 16 MB a million samples.
 
         Every class that a part has gets the same number of its crops, by its places in a shuffled order that goes on
         from epoch to epoch; the other crops go through the part's rows in the same manner. Where that is less than one
