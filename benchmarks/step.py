@@ -161,7 +161,7 @@ def peak(recipe: Recipe, base: Path, device: torch.device, side: str) -> float |
     return None if before is None or after is None else after - before
 
 
-def _peak_apart(path: Path, overrides: list[str], method: str, device: str, side: str) -> float | None:
+def peak_apart(path: Path, overrides: list[str], method: str, device: str, side: str) -> float | None:
     command = [sys.executable, __file__, str(path), "--peak", side, "--method", method, "--device", device]
     command += [f"--set={text}" for text in overrides]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -202,7 +202,7 @@ def measure(
         }
         if memory:
             for side in ("whole", "least"):
-                line[f"{side}_mb"] = _peak_apart(path, overrides, name, device.type, side)
+                line[f"{side}_mb"] = peak_apart(path, overrides, name, device.type, side)
             known = line["whole_mb"] is not None
             line["memory_ratio"] = line["whole_mb"] / line["least_mb"] if known else None
         found.append(line)

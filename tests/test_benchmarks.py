@@ -33,8 +33,8 @@ common, passes, step, data, ledger, summary, accuracy = map(
 mechanism, critic, partition, contrast, centroids, processes = map(
     import_module, ("mechanism", "critic", "partition", "contrast", "centroids", "processes")
 )
-labelling, schedule, pseudolabels, pool, results, arms = map(
-    import_module, ("labelling", "schedule", "pseudolabels", "pool", "results", "arms")
+labelling, schedule, pseudolabels, pool, results, arms, memory = map(
+    import_module, ("labelling", "schedule", "pseudolabels", "pool", "results", "arms", "memory")
 )
 
 Write = Callable[..., Path]
@@ -145,6 +145,41 @@ def test_peak_is_one_number(recipe: Write, capsys: pytest.CaptureFixture[str]) -
     step.main([str(path), "--device", "cpu", "--method", "supervised", "--peak", "least"])
     value = printed(capsys)
     assert value is None or value >= 0
+
+
+# ---- memory.py
+
+
+@pytest.mark.parametrize(
+    ("crop", "side", "network", "smaller"),
+    [((513, 513), 0.5, "deeplabv3plus", (257, 257)), ((128, 192), 0.5, "deeplabv2", (64, 96)),
+     ((518, 518), 0.5, "dpt", (252, 252)), ((801, 801), 1.0, "deeplabv3plus", (801, 801))],
+)  # fmt: skip
+def test_crops_that_memory_is_measured_with(
+    crop: tuple[int, int], side: float, network: str, smaller: tuple[int, int]
+) -> None:
+    assert memory.smaller(crop, side, network) == smaller
+
+
+def test_memory_follows_from_two_peaks(recipe: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """0.3 GB once and 2 GB a megapixel, half of it in bf16."""
+    asked = []
+
+    def peak(path: Path, overrides: list[str], method: str, device: str, side: str) -> float:
+        found = load_recipe(path, overrides).train
+        asked.append((found.precision, found.batch, found.crop))
+        return 300 + (2000 if found.precision == "fp32" else 1000) * found.batch * found.crop[0] * found.crop[1] / 1e6
+
+    monkeypatch.setattr(memory, "peak_apart", peak)
+    line = memory.measure(recipe(train__batch=16, train__crop=[128, 192]), [], 0.5, (2, 4), True)
+    own = 16 * 128 * 192 / 1e6
+    for precision, slope in (("fp32", 2.0), ("bf16", 1.0)):
+        found = line[precision]
+        assert found["once_gb"] == pytest.approx(0.3)
+        assert found["gb_a_megapixel"] == pytest.approx(slope)
+        assert found["gb"] == pytest.approx(found["measured_gb"]) == pytest.approx(0.3 + slope * own)
+    assert asked[:3] == [("fp32", 2, (64, 96)), ("fp32", 4, (64, 96)), ("fp32", 16, (128, 192))]
+    assert memory.as_text([line]).count("\n") == 3
 
 
 @pytest.mark.parametrize(("forward", "sizes"), [("apart", [2, 2]), ("joint", [4])])
