@@ -20,6 +20,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from semiseg import api, cli, experiment, methods
 from semiseg.config import Recipe
@@ -127,8 +128,10 @@ def test_methods(semiseg: Command) -> None:
     for name, method in methods.METHODS.items():
         assert f"{method.paper}\n" in text
         assert plain[name].keys() == methods.describe(method).keys()
-        assert all(f"method.{option} = " in text for option in plain[name])
-    assert semiseg("methods", "u2pl").out in text
+        shown = semiseg("methods", name).out
+        assert shown.startswith(name)
+        assert all(f"  method.{option} = " in shown for option in plain[name])
+    assert len(text.splitlines()) == len(plain) + 2
     assert json.loads(semiseg("methods", "st", "u2pl", "--json").out) == {name: plain[name] for name in ("st", "u2pl")}
     assert "did you mean u2pl" in semiseg("methods", "u2p").sentence
 
@@ -260,11 +263,28 @@ def test_predict(semiseg: Command, home: Path, drawn: Path) -> None:
         assert pixels(f"out/overlay/{path.stem}.jpg").shape == (*prediction.mask.shape, 3)
 
     Path("out/scene-00003.png").unlink()
-    assert (
-        semiseg(*words).out
-        == "1 masks written to out; 5 were there before, of whatever model: remove them to predict again\n"
-    )
+    assert semiseg(*words).out == "1 masks written to out; 5 were there before\n"
     assert semiseg("predict", home / "run", images, "-o", "out").out.startswith("0 masks written to out; 6 were there")
+
+
+def test_a_folder_of_masks_belongs_to_one_model(semiseg: Command, home: Path, scenes: Path) -> None:
+    """Another model's masks, and those of the same one with another window, are neither kept nor mixed in."""
+    images = sorted((scenes / "images/test").iterdir())
+    shutil.copytree(home / "run/model", "copy")
+    assert semiseg("predict", home / "run", images[0], "-o", "out").code == 0
+    assert semiseg("predict", "copy", *images[:2], "-o", "out").out == "1 masks written to out; 1 were there before\n"
+    assert semiseg("predict", home / "run", images[2], "-o", "out", "--window", "32").sentence == (
+        f"out holds masks of {home / 'run/model'}, which is another model or was used with other options: choose "
+        "another --out, or remove that folder."
+    )
+    moved = {
+        name: tensor + 1 if "bias" in name else tensor for name, tensor in load_file("copy/model.safetensors").items()
+    }
+    save_file(moved, "copy/model.safetensors")
+    assert "which is another model" in semiseg("predict", "copy", images[2], "-o", "out").sentence
+    assert not Path("out", images[2].name).exists()
+    Path("out/predicted.json").unlink()
+    assert "of an unknown model" in semiseg("predict", home / "run", *images[:2], "-o", "out").sentence
 
 
 def test_predict_into_a_folder_of_images(semiseg: Command, home: Path, scenes: Path) -> None:
@@ -289,7 +309,7 @@ def test_predict_goes_on_after_a_damaged_image(semiseg: Command, home: Path, sce
     done = semiseg("predict", home / "run", scenes / "images/test", "-o", "out")
     assert "images/test/scene-00002.png" in done.sentence
     assert done.out == "5 masks written to out\n"
-    assert len(list(Path("out").iterdir())) == 5
+    assert len(list(Path("out").glob("*.png"))) == 5
 
 
 @pytest.mark.parametrize(
@@ -472,7 +492,7 @@ def test_export(semiseg: Command, home: Path, drawn: Path) -> None:
     assert done.out.count("\n") == 1
     for model, out in ((home / "run", "torch"), (Path("net/model.onnx"), "onnx")):
         assert semiseg("predict", model, drawn / "images/test", "-o", out).code == 0
-    pairs = [[pixels(f"{out}/{path.name}") for out in ("torch", "onnx")] for path in Path("onnx").iterdir()]
+    pairs = [[pixels(f"{out}/{path.name}") for out in ("torch", "onnx")] for path in Path("onnx").glob("*.png")]
     assert len(pairs) == 6
     assert np.mean([here == there for here, there in pairs]) >= 0.999
     Path("net/model.json").unlink()

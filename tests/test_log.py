@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from semiseg.engine.log import Log, peak_memory, tracked
+from semiseg import progress
+from semiseg.engine.log import Log, peak_memory
 from semiseg.files import write_json, write_text
+from semiseg.progress import tracked
 
 
 def record(folder: Path, first: int, last: int) -> None:
@@ -118,9 +120,13 @@ def test_memory_is_plausible() -> None:
 
 
 def test_how_far_it_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Where there is no terminal, a line a minute and none of what is done sooner."""
+    """Where there is no terminal, a line a minute and none of what is done sooner; never between results."""
     assert list(tracked(iter("abc"), "predicting", 3)) == ["a", "b", "c"]
-    assert capsys.readouterr().out == ""
-    monkeypatch.setattr("semiseg.engine.log.PAUSE", -1.0)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(progress, "PAUSE", -1.0)
     assert list(tracked(iter("abc"), "predicting", 3)) == ["a", "b", "c"]
-    assert capsys.readouterr().out.splitlines() == [f"predicting: {number} of 3 images" for number in range(3)]
+    told = capsys.readouterr()
+    assert (told.out, told.err.splitlines()) == ("", [f"predicting: {number} of 3" for number in range(3)])
+    monkeypatch.setattr("semiseg.parallel.rank", lambda: 1)
+    assert list(tracked(iter("abc"), "predicting", 3)) == ["a", "b", "c"]
+    assert capsys.readouterr().err == ""

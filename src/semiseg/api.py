@@ -24,7 +24,7 @@ from semiseg.data.splits import Data, load_data
 from semiseg.engine import compare as comparing
 from semiseg.engine import evaluate as evaluating
 from semiseg.engine.evaluate import Scores
-from semiseg.engine.predict import Prediction, Predictor, predict_files
+from semiseg.engine.predict import Origin, Prediction, Predictor, predict_files
 from semiseg.files import write_json
 from semiseg.networks.factory import Build, NetworkConfig, OptimConfig
 from semiseg.networks.weights import model_folder, read_model
@@ -371,12 +371,26 @@ def predict(
     confidence: bool = False,
     overlay: bool = False,
 ) -> tuple[int, int, dict[str, str]]:
-    """Writes masks for files and folders; see `engine.predict.predict_files`."""
+    """Writes masks for files and folders; see `engine.predict.predict_files`.
+
+    Raises:
+        InputError: a file is none, or `out` has masks of another model, or of this one with other options.
+    """
     if not isinstance(model, Model):
         model = load(model)
     with parallel.peers():
         parallel.start(model.predictor.device)
-        return predict_files(model.predictor, [Path(image) for image in images], Path(out), confidence, overlay)
+        paths = [Path(image) for image in images]
+        return predict_files(model.predictor, paths, Path(out), confidence, overlay, _origin(model))
+
+
+def _origin(model: Model) -> Origin:
+    files = sorted(model.folder.iterdir()) if model.folder.is_dir() else [model.folder]
+    found = hashlib.sha256(repr((model.card, model.predictor.inference)).encode())
+    for file in files:
+        if file.suffix in (".safetensors", ".onnx"):
+            found.update(file.read_bytes())
+    return Origin(model=str(model.folder), digest=found.hexdigest())
 
 
 def export(model: Model | str | Path, path: str | Path | None = None) -> tuple[Path, "Agreement"]:

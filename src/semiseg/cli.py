@@ -219,10 +219,7 @@ def predict(
     from semiseg import api
 
     done, there, failed = api.predict(api.load(model, window=window), images, out, confidence, overlay)
-    print(
-        f"{done} masks written to {out}"
-        + f"; {there} were there before, of whatever model: remove them to predict again" * (there > 0)
-    )
+    print(f"{done} masks written to {out}" + f"; {there} were there before" * (there > 0))
     for reason in failed.values():
         print(f"error: {reason}", file=sys.stderr)
     if failed:
@@ -265,10 +262,12 @@ def export(
 
 @app.command()
 def methods(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="These only.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="Show these with their options.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """List the methods, each with its paper, its options and their defaults."""
+    """List the methods with their papers; of those that are named, the options and their defaults too."""
     from semiseg.methods import DEFAULT, METHODS, describe, find
 
     chosen = {name: find(name) for name in names or METHODS}
@@ -277,8 +276,10 @@ def methods(
         return
     for name, method in chosen.items():
         print(f"{name}{' (default)' if name == DEFAULT else ''}: {method.paper}")
-        for option, (default, text) in describe(method).items():
+        for option, (default, text) in describe(method).items() if names else ():
             print(f"  method.{option} = {default}" + (f"  # {text}" if text else ""))
+    if not names:
+        print("\nThe options of one: semiseg methods NAME")
 
 
 def main() -> None:

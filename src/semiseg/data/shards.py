@@ -12,6 +12,7 @@ import zipfile
 import zlib
 from array import array
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -28,6 +29,7 @@ from semiseg.data.formats import IMAGE_SUFFIXES
 from semiseg.data.packed import Handle, Shard, pyarrow_parquet
 from semiseg.data.rows import Rows, Strings
 from semiseg.files import replacing
+from semiseg.progress import tracked
 from semiseg.types import InputError, some
 
 TAR, PARQUET = ".tar", ".parquet"
@@ -42,6 +44,7 @@ VERSION = 1
 _COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
 """What columns of images are called; img2dataset and webdataset take the file's suffix."""
 _BLOCK = 512
+_OPENED_AT_ONCE = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +63,11 @@ def packed_images(paths: Iterable[str], notes: list[str]) -> Rows:
     Raises:
         InputError: a file is none of the two, or is compressed, or Parquet's library is missing.
     """
-    found = [_tar(path) if path.lower().endswith(TAR) else _parquet(path) for path in paths]
+    paths = list(paths)
+    # On a network disk a thread waits for most of its time.
+    with ThreadPoolExecutor(_OPENED_AT_ONCE) as threads:
+        listed = threads.map(lambda path: _tar(path) if path.lower().endswith(TAR) else _parquet(path), paths)
+        found = list(tracked(listed, "listing archives", len(paths)))
     notes += [index.note for index in found if index.note]
     lengths = [len(index.names) for index in found]
     names = np.concatenate([np.zeros(0, StringDType()), *(index.names for index in found)])

@@ -5,20 +5,17 @@ import io
 import math
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import Self
 
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, track
+from rich.progress import BarColumn, Progress, TextColumn
 
 from semiseg.files import appending, replacing, write_text
-
-T = TypeVar("T")
 
 PANELS = {
     "loss": "losses",
@@ -36,22 +33,6 @@ NAMED = 24
 
 BAR = 16
 """Characters of the live bar."""
-
-PAUSE = 60.0
-"""Seconds between the lines of `tracked` where there is no bar."""
-
-
-def tracked(items: Iterator[T], title: str, count: int) -> Iterator[T]:
-    """The `count` items; meanwhile a terminal shows a bar, and a file gets a line a minute."""
-    if sys.stdout.isatty():
-        yield from track(items, title, count, transient=True)
-        return
-    told = time.monotonic()
-    for number, item in enumerate(items):
-        if time.monotonic() - told > PAUSE:
-            print(f"{title}: {number} of {count} images", flush=True)
-            told = time.monotonic()
-        yield item
 
 
 class Log:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from pydantic import BaseModel
 from torch import Tensor
 
 from semiseg import parallel
@@ -17,10 +18,10 @@ from semiseg.data.formats import read_image, write_mask, write_planes
 from semiseg.data.packed import File
 from semiseg.data.splits import IMAGE_SUFFIXES
 from semiseg.engine.evaluate import Network, ahead, probabilities, to_tensor
-from semiseg.engine.log import tracked
-from semiseg.files import replacing
+from semiseg.files import read_json, replacing, write_json
 from semiseg.ops.pseudo import Pair
 from semiseg.ops.resize import resize
+from semiseg.progress import tracked
 from semiseg.types import IGNORE, Changed, InferenceConfig, InputError
 
 Image8 = NDArray[np.uint8]
@@ -104,16 +105,52 @@ def find_images(paths: Iterable[Path]) -> list[tuple[Path, Path]]:
     return list(found.items())
 
 
+class Origin(BaseModel, frozen=True):
+    """Whose masks a folder holds, where they stand as predicted.json."""
+
+    model: str
+    """The path of the model, for the user."""
+    digest: str
+    """Of all that masks depend on but the image: another one is another model, or another way to use it."""
+
+    def claim(self, out: Path, there: int) -> None:
+        """Notes that the folder's masks, of which `there` are wanted again, are this model's.
+
+        Raises:
+            InputError: they are another one's.
+        """
+        file = out / "predicted.json"
+        known = read_json(file, Origin) if file.exists() else None
+        if known is None and there:
+            raise InputError(f"{out} holds masks of an unknown model: choose another --out, or remove them.")
+        if known is not None and known.digest != self.digest:
+            raise InputError(
+                f"{out} holds masks of {known.model}, which is another model or was used with other options: choose "
+                "another --out, or remove that folder."
+            )
+        if known is None:
+            write_json(file, self.model_dump())
+
+
 def predict_files(
-    predictor: Predictor, paths: Sequence[Path], out: Path, confidence: bool = False, overlay: bool = False
+    predictor: Predictor,
+    paths: Sequence[Path],
+    out: Path,
+    confidence: bool = False,
+    overlay: bool = False,
+    origin: Origin | None = None,
 ) -> tuple[int, int, dict[str, str]]:
     """Writes `out/NAME.png` for every image, on request `out/confidence/NAME.png` (0..255) and `out/overlay/NAME.jpg`.
 
-    A file whose results are all there is passed over, so that an interrupted call can be repeated. Several processes
-    take a part of the files each.
+    A file whose results are all there is passed over, so that an interrupted call can be repeated; with an `origin`
+    only in a folder of the same one. Several processes take a part of the files each.
 
     Returns:
         how many were predicted, how many were there before, and the files that could not be read with the reason.
+
+    Raises:
+        InputError: two images would have one mask, or a mask would replace an image, or `out` has masks of another
+            model.
     """
     jobs = []
     images = _without(find_images(paths), paths, out)
@@ -132,6 +169,10 @@ def predict_files(
             )
         jobs.append(job)
     there = sum(job.done() for job in jobs)
+    if origin is not None:
+        if parallel.rank() == 0:
+            origin.claim(out, there)
+        parallel.wait()  # no other process writes a mask before
     failed = run_jobs(predictor, jobs)
     return len(jobs) - there - len(failed), there, failed
 

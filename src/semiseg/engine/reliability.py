@@ -20,11 +20,11 @@ from semiseg.data.formats import read_image
 from semiseg.data.rows import Row, Rows
 from semiseg.data.splits import Data
 from semiseg.engine.evaluate import ahead
-from semiseg.engine.log import tracked
 from semiseg.engine.predict import Predictor
 from semiseg.engine.pseudo import differing, fingerprint, weights_hash
 from semiseg.files import write_json
 from semiseg.ops.metrics import agreement, confusion
+from semiseg.progress import tracked
 from semiseg.types import Changed, InferenceConfig, InputError
 
 FILE = "reliability.json"

@@ -378,7 +378,8 @@ class Build:
         """Loads initial weights, and says in `report` what came of it."""
         config = self.config
         if config.weights == "random":
-            self._say("network.weights is random: training starts from random weights")
+            kept = ", and the frozen encoder keeps its own" * config.frozen
+            self._say(f"network.weights is random: training starts from random weights{kept}")
         elif config.weights != "pretrained":
             path = find_weights(config.weights, self.base)
             if path.is_dir():
