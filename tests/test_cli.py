@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from semiseg import api, cli, experiment, methods
-from semiseg.config import Recipe
+from semiseg.config import ALONE, SECTIONS, Recipe, parse
 from semiseg.engine import session
 from semiseg.engine.evaluate import joined, load_scores
 from semiseg.files import LOCK, sweep
@@ -101,7 +101,7 @@ def test_help_comes_at_once() -> None:
 
 
 @pytest.mark.parametrize(
-    "verb", ["demo", "init", "check", "train", "evaluate", "predict", "compare", "export", "methods"]
+    "verb", ["demo", "init", "check", "train", "evaluate", "predict", "compare", "export", "methods", "options"]
 )
 def test_every_verb_explains_itself(semiseg: Command, verb: str) -> None:
     done = semiseg(verb, "-h")
@@ -119,6 +119,19 @@ def test_usage_has_an_exit_code_of_its_own(semiseg: Command) -> None:
     assert "train" in done.err
     assert semiseg("train").code == 2
     assert semiseg().code == 2
+
+
+def test_options(semiseg: Command, home: Path) -> None:
+    """Every option of a recipe has a meaning and its default, as text that `train` takes."""
+    plain = json.loads(semiseg("options", "--json").out)
+    recipe = yaml.safe_load((home / "run/recipe.yaml").read_text())
+    expected = {f"{section}.{name}" for section in SECTIONS if section != "method" for name in recipe[section]}
+    assert plain.keys() == expected | set(ALONE)
+    assert [name for name, (_, text) in plain.items() if not text] == []
+    known = {name: default for name, (default, _) in plain.items() if name != "data.root"}
+    assert parse(recipe, "recipe", overrides=[f"{name}={default}" for name, default in known.items()]).seeds == 1
+    assert semiseg("options", "optim").out.startswith("optim.name = adamw  # adamw or sgd.\noptim.lr = 0.0003  # ")
+    assert "did you mean train" in semiseg("options", "trian").sentence
 
 
 def test_methods(semiseg: Command) -> None:

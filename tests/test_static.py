@@ -1,6 +1,7 @@
 """Level 0: who may import whom, recipes that validate, documentation that builds. Style and types: `make lint`."""
 
 import ast
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -134,6 +135,12 @@ def test_recipe_validates(path: Path) -> None:
     from semiseg.config import Recipe, load_recipe
 
     assert isinstance(load_recipe(path), Recipe)
+
+
+def test_the_page_of_options_is_what_the_classes_say() -> None:
+    docs = Path(__file__).parents[1] / "docs"
+    page = runpy.run_path(str(docs / "options.py"))["page"]()
+    assert (docs / "options.md").read_text(encoding="utf-8") == page, "run python docs/options.py"
 
 
 def test_docs_build(tmp_path: Path) -> None:

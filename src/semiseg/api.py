@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from semiseg import experiment, methods, parallel
-from semiseg.config import ALONE, SECTIONS, Recipe, as_text, fields_of, load_recipe, parse
+from semiseg.config import ALONE, SECTIONS, Recipe, fields_of, load_recipe, parse
 from semiseg.data.check import Report, contact_sheet, leaks
 from semiseg.data.check import check as check_data
 from semiseg.data.formats import read_image
@@ -29,7 +29,7 @@ from semiseg.files import write_json
 from semiseg.networks.factory import Build, NetworkConfig, OptimConfig
 from semiseg.networks.weights import model_folder, read_model
 from semiseg.plan import plan, undivided
-from semiseg.types import InferenceConfig, InputError, Labelled, Options, nearest
+from semiseg.types import InferenceConfig, InputError, Labelled, Options, as_text, nearest
 
 
 @dataclass(frozen=True)

@@ -282,6 +282,30 @@ def methods(
         print("\nThe options of one: semiseg methods NAME")
 
 
+@app.command()
+def options(
+    sections: Annotated[
+        list[str] | None, typer.Argument(metavar="[SECTION]...", help="data, network, optim, train or evaluate.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the options of a recipe with their defaults; those of a method: `semiseg methods NAME`."""
+    from semiseg.config import describe
+    from semiseg.types import InputError, nearest
+
+    known = describe()
+    names = list(dict.fromkeys(name.partition(".")[0] for name in known))
+    for section in sections or ():
+        if section not in names:
+            raise InputError(f"{section} is no section of a recipe; {nearest(section, names)}")
+    chosen = {name: text for name, text in known.items() if name.partition(".")[0] in (sections or names)}
+    if as_json:
+        print(json.dumps(chosen))
+        return
+    for option, (default, text) in chosen.items():
+        print(f"{option} = {default}" + (f"  # {text}" if text else ""))
+
+
 def main() -> None:
     """Runs the command line and exits with its code."""
     rank = int(os.environ.get("RANK", "0"))  # not from parallel: it would import torch

@@ -7,13 +7,13 @@ from typing import Annotated, Any, Self, get_args
 import torch
 import yaml
 from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_serializer, model_validator
-from pydantic_core import ErrorDetails, to_jsonable_python
+from pydantic_core import ErrorDetails
 
 from semiseg import methods
 from semiseg.data.check import class_pixels
 from semiseg.data.splits import Data, DataConfig
 from semiseg.networks.factory import Build, NetworkConfig, OptimConfig
-from semiseg.types import InferenceConfig, InputError, Options, TrainConfig, nearest
+from semiseg.types import InferenceConfig, InputError, Options, TrainConfig, described, nearest
 
 
 class MethodConfig(Options):
@@ -59,6 +59,11 @@ class Recipe(Options):
 ALONE = ("baseline", "seeds")
 """Options that stand in no section."""
 SECTIONS = tuple(name for name in Recipe.model_fields if name not in ALONE)
+
+
+def describe() -> dict[str, tuple[str, str]]:
+    """Every option of a recipe but the method's, by its whole name, with its default and its meaning."""
+    return {name: text for name, text in described(Recipe).items() if not name.startswith("method.")}
 
 
 def load_recipe(path: Path | str, overrides: Iterable[str] = ()) -> Recipe:
@@ -172,11 +177,6 @@ def _yaml(text: str, value: str) -> Any:
         return yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise InputError(f"{text}: the value is not valid YAML ({_reason(error)}): correct it.") from error
-
-
-def as_text(value: object) -> str:
-    """An option's value as it stands in an override."""
-    return yaml.safe_dump(to_jsonable_python(value), default_flow_style=True).strip().removesuffix("\n...")
 
 
 def fields_of(section: str) -> dict[str, Any]:
@@ -299,4 +299,4 @@ def _wanted(details: list[ErrorDetails], depth: int, example: str) -> str:
     return f"{'each entry' if inside else 'it'} should be {' or '.join(dict.fromkeys(words))}"
 
 
-__all__ = ["MethodConfig", "Recipe", "as_text", "build_of", "fields_of", "load_recipe", "override", "parse"]
+__all__ = ["MethodConfig", "Recipe", "build_of", "describe", "fields_of", "load_recipe", "override", "parse"]

@@ -25,7 +25,7 @@ import yaml
 from torch import Tensor, nn
 
 from semiseg import methods, parallel
-from semiseg.config import Recipe, as_text, build_of, load_recipe
+from semiseg.config import Recipe, build_of, load_recipe
 from semiseg.data.check import leaks
 from semiseg.data.splits import Data, DataConfig, load_data, located
 from semiseg.engine import checkpoint
@@ -39,7 +39,7 @@ from semiseg.methods import Supervised
 from semiseg.methods.labelled import LossConfig
 from semiseg.networks.factory import NetworkConfig, code_file, find_weights
 from semiseg.networks.weights import copy_model, save_model
-from semiseg.types import InputError, flat
+from semiseg.types import InputError, as_text, flat
 from semiseg.watch import patience
 
 FREE = {"train.workers", "train.save_every", "train.device"}

@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import to_jsonable_python
 
 if TYPE_CHECKING:  # the command line imports this file first, and torch takes seconds
     import torch
@@ -171,6 +172,26 @@ class Options(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
+def as_text(value: object) -> str:
+    """An option's value as it stands in an override."""
+    import yaml  # not above, as torch is not
+
+    return yaml.safe_dump(to_jsonable_python(value), default_flow_style=True).strip().removesuffix("\n...")
+
+
+def described(options: type[Options], before: str = "") -> dict[str, tuple[str, str]]:
+    """Every option with its default and its meaning; a group's options are joined to its name by a dot."""
+    found: dict[str, tuple[str, str]] = {}
+    for name, field in options.model_fields.items():
+        group = field.annotation
+        if isinstance(group, type) and issubclass(group, Options):
+            found |= described(group, f"{before}{name}.")
+        else:
+            default = "(must be given)" if field.is_required() else as_text(field.default)
+            found[before + name] = (default, " ".join((field.description or "").split()))
+    return found
+
+
 def flat(options: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     """Options in groups by one name each: {"train": {"seed": 0}} is {"train.seed": 0}."""
     result: dict[str, Any] = {}
@@ -230,8 +251,11 @@ class TrainConfig(Options):
     small_batch: Annotated[int, Field(ge=1)] = 4
     """At most so many times `batch` in a step with small crops, with +; as many as have no more px than whole ones."""
     seed: Annotated[int, Field(ge=0)] = 0
+    """Of the draws of images and crops, and of weights that start at random."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto, cpu or cuda; auto takes a GPU where there is one."""
     precision: Literal["bf16", "fp32"] = "fp32"
+    """fp32, or bf16: networks compute in 16 bit, weights and losses stay in 32."""
     channels_last: bool = True
     """Memory layout of the convolutions: the faster one, or torch's usual one."""
     compile: bool = False
@@ -241,8 +265,10 @@ class TrainConfig(Options):
     workers: Annotated[int, Field(ge=0)] = 1
     """Processes that read images."""
     log_every: Side = 10
+    """Steps between the rows of metrics.csv."""
     evaluations: Side = 5
     """How often val is evaluated, evenly spaced and at the end; the best of these is delivered."""
     save_every: Side = 200
+    """Steps between checkpoints, from which an interrupted run goes on."""
     keep: tuple[Annotated[float, Field(gt=0, le=1)], ...] = ()
     """Shares of the run at which the model is stored under `kept/`, to look at how it came about."""

@@ -17,7 +17,7 @@ from semiseg.methods.u2pl import U2PL
 from semiseg.methods.unimatch import UniMatch
 from semiseg.methods.unimatchv2 import UniMatchV2
 from semiseg.networks.factory import load_object
-from semiseg.types import InputError, Options, nearest
+from semiseg.types import InputError, described, nearest
 
 METHODS: dict[str, type[Method]] = {
     "supervised": Supervised,
@@ -56,19 +56,7 @@ def find(name: str, base: Path | None = None) -> type[Method]:
 
 def describe(method: type[Method]) -> dict[str, tuple[str, str]]:
     """Every option of a method with its default and its meaning; a group's options are joined to its name by a dot."""
-    return _describe(method.Config, "")
-
-
-def _describe(config: type[Options], before: str) -> dict[str, tuple[str, str]]:
-    found: dict[str, tuple[str, str]] = {}
-    for name, field in config.model_fields.items():
-        if isinstance(field.default, Options):
-            found |= _describe(type(field.default), f"{before}{name}.")
-        else:
-            plain = list(field.default) if isinstance(field.default, tuple) else field.default
-            default = "(must be given)" if field.is_required() else str(plain)
-            found[before + name] = (default, " ".join((field.description or "").split()))
-    return found
+    return described(method.Config)
 
 
 __all__ = [

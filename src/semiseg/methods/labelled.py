@@ -14,12 +14,15 @@ class LossConfig(Options):
     """How labelled pixels count."""
 
     kind: Literal["ce", "ohem", "ce+dice"] = "ce"
+    """ce: cross-entropy. ohem: that of hard pixels. ce+dice: with a dice loss over the classes that the masks show."""
     class_weights: bool = False
     """Weigh classes by the inverse root of their pixels in the labelled masks (ce and ce+dice)."""
     ohem_threshold: Annotated[float, Field(gt=0, le=1)] = 0.7
+    """Pixels whose class is predicted with less than this are hard."""
     ohem_kept: Annotated[int, Field(gt=0)] = 100_000
     """Fewest pixels a batch that OHEM keeps."""
     dice_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Of ce+dice: what dice counts beside the cross-entropy."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

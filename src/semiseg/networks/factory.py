@@ -101,6 +101,7 @@ class OptimConfig(Options):
     """How weights move."""
 
     name: Literal["adamw", "sgd"] = "adamw"
+    """adamw or sgd."""
     lr: Positive = 3e-4
     """Peak rate of the encoder, at the recipe's batch."""
     head_lr: Positive = 10
