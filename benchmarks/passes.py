@@ -172,7 +172,8 @@ class Bench:
 
     @property
     def images(self) -> int:
-        return sum(len(batch.row) for batch in self.batches.values())
+        """Of a step, as a run counts them: streams of masks alone have none."""
+        return sum(len(batch.row) for batch in self.batches.values() if batch.image.shape[1])
 
     def whole(self) -> None:
         """One step as the session runs it."""

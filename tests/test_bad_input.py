@@ -455,6 +455,7 @@ def test_image_too_large_for_the_memory(
     def whole(net: Any, image: torch.Tensor, *_: Any) -> torch.Tensor:
         raise RuntimeError(ALLOCATOR)
 
+    usual = evaluate._probabilities
     monkeypatch.setattr(evaluate, "_probabilities", whole)
     expected = (
         "Out of memory on an image of 64x48 px: let it be seen in parts by evaluate.window=[32,32] in a recipe, "
@@ -462,7 +463,9 @@ def test_image_too_large_for_the_memory(
     )
     assert semiseg("evaluate", "run").sentence == expected
     assert semiseg("predict", "run", scenes / "images/test", "-o", "out").sentence == expected
-    assert not Path("out").exists()
+    assert [path.name for path in Path("out").iterdir()] == ["predicted.json"]
+    monkeypatch.setattr(evaluate, "_probabilities", usual)
+    assert semiseg("predict", "run", scenes / "images/test", "-o", "out", "--window", "32").code == 0, "as it was told"
 
 
 # ---- where the run goes ------------------------------------------------------------------------------------------

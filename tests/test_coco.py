@@ -138,8 +138,16 @@ def test_ade20k_whose_masks_were_made_anew(ade: Maker) -> None:
 def test_wrong_ade20k(ade: Maker, tmp_path: Path) -> None:
     root = ade()
     for name in ("folder", "splits"):
-        fails("has images/training, but no folder masks: set data.format: ade20k.", root, format=name)
-        fails("but no folder images: set data.format: ade20k.", tmp_path, format=name)
+        fails(
+            "has images/training, but no folder masks: set data.format: ade20k in a recipe.",
+            root,
+            format=name,
+        )
+        fails(
+            "but no folder images: set data.format: ade20k in a recipe.",
+            tmp_path,
+            format=name,
+        )
     fails("cache has no folder images/training: let data.root name ADEChallengeData2016", _made(tmp_path / "cache"),
           format="ade20k")  # fmt: skip
     save(root / "annotations/training/ADE_train_00000001.png", np.full((H, W), 151, np.uint8))
@@ -578,9 +586,17 @@ def test_pixelmaps_of_stuff(images: Maker, place: str) -> None:
 
 def test_coco_taken_for_something_else(images: Maker, tmp_path: Path) -> None:
     for name in ("folder", "splits"):
-        fails("has train2017, but no folder images: set data.format: coco.", images(inside=name), format=name)
+        fails(
+            "has train2017, but no folder images: set data.format: coco in a recipe.",
+            images(inside=name),
+            format=name,
+        )
         below = images(inside=f"{name}2", below="images")
-        fails("has images/train2017, but no folder masks: set data.format: coco.", below, format=name)
+        fails(
+            "has images/train2017, but no folder masks: set data.format: coco in a recipe.",
+            below,
+            format=name,
+        )
     fails("has no folder train2017: let data.root name COCO's folder", _made(tmp_path / "cache"), format="coco_stuff")
     root = images()
     fails("has no annotations/instances_train2017.json, or a folder masks: put", root, format="coco")

@@ -205,12 +205,28 @@ def test_training_images_without_mask_are_unlabelled(voc: Maker) -> None:
 def test_layouts_taken_for_one_another(voc: Maker, city: Maker, kitti: Maker, mapillary: Maker, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for name in ("folder", "splits"):
-        fails("set data.format: kitti.", kitti(inside=f"k{name}/data_semantics"), format=name)
-        fails("set data.format: kitti.", tmp_path / f"k{name}", format=name)
-        fails("set data.format: mapillary.", mapillary(inside=f"m{name}"), format=name)
-        fails("set data.format: mapillary_v2.", mapillary("v2.0", inside=f"n{name}"), format=name)
-        fails("has JPEGImages, but no folder images: set data.format: voc.", voc(inside=name), format=name)
-        fails("set data.format: cityscapes.", city(inside=f"c{name}"), format=name)
+        fails(
+            "set data.format: kitti in a recipe.",
+            kitti(inside=f"k{name}/data_semantics"),
+            format=name,
+        )
+        fails("set data.format: kitti in a recipe.", tmp_path / f"k{name}", format=name)
+        fails(
+            "set data.format: mapillary in a recipe.",
+            mapillary(inside=f"m{name}"),
+            format=name,
+        )
+        fails(
+            "set data.format: mapillary_v2 in a recipe.",
+            mapillary("v2.0", inside=f"n{name}"),
+            format=name,
+        )
+        fails(
+            "has JPEGImages, but no folder images: set data.format: voc in a recipe.",
+            voc(inside=name),
+            format=name,
+        )
+        fails("set data.format: cityscapes in a recipe.", city(inside=f"c{name}"), format=name)
     fails("has no folder JPEGImages", tmp_path / "empty", format="voc")
     fails("leftImg8bit/train is not a folder", tmp_path / "empty", format="cityscapes")
     fails("empty has no folder training/image_2: let data.root name", tmp_path / "empty", format="kitti")
@@ -522,8 +538,16 @@ def test_labels_2_of_mapillary(mapillary: Maker) -> None:
     own = load(root, format="mapillary", classes=("a", "b", "c"))
     assert (own.classes, own.code.values) == (("a", "b", "c"), load(root, format="mapillary").code.values)
     old, new = mapillary(inside="b"), mapillary("v2.0", inside="c")
-    fails("has no folder v2.0/labels: put the masks there, or set data.format: mapillary.", old, format="mapillary_v2")
-    fails("labels or v1.2/labels: put the masks there, or set data.format: mapillary_v2.", new, format="mapillary")
+    fails(
+        "has no folder v2.0/labels: put the masks there, or set data.format: mapillary.",
+        old,
+        format="mapillary_v2",
+    )
+    fails(
+        "labels or v1.2/labels: put the masks there, or set data.format: mapillary_v2.",
+        new,
+        format="mapillary",
+    )
 
 
 def test_mapillary_without_masks(mapillary: Maker) -> None:

@@ -409,10 +409,10 @@ _SIGNS_OF_IMAGES = {"images/training": "ade20k", "images/train2017": "coco"}
 def _need_no_other(root: Path) -> None:
     for folder, layout in _SIGNS_OF_IMAGES.items():
         if (root / folder).is_dir() and not (root / "masks").exists():
-            raise InputError(f"{root} has {folder}, but no folder masks: set data.format: {layout}.")
+            raise InputError(f"{root} has {folder}, but no folder masks: set data.format: {layout} in a recipe.")
     for folder, layout in _SIGNS.items():
         if (root / folder).is_dir() and not (root / "images").exists():
-            raise InputError(f"{root} has {folder}, but no folder images: set data.format: {layout}.")
+            raise InputError(f"{root} has {folder}, but no folder images: set data.format: {layout} in a recipe.")
 
 
 # ---------------------------------------------------------------------------------------------------------- Pascal VOC

@@ -121,15 +121,16 @@ class Origin(BaseModel, frozen=True):
         """
         file = out / "predicted.json"
         known = read_json(file, Origin) if file.exists() else None
+        if known is not None and known.digest == self.digest:
+            return
         if known is None and there:
             raise InputError(f"{out} holds masks of an unknown model: choose another --out, or remove them.")
-        if known is not None and known.digest != self.digest:
+        if known is not None and any(out.rglob("*.png")):
             raise InputError(
                 f"{out} holds masks of {known.model}, which is another model or was used with other options: choose "
                 "another --out, or remove that folder."
             )
-        if known is None:
-            write_json(file, self.model_dump())
+        write_json(file, self.model_dump())
 
 
 def predict_files(
