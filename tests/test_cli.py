@@ -281,23 +281,28 @@ def test_predict(semiseg: Command, home: Path, drawn: Path) -> None:
 
 
 def test_a_folder_of_masks_belongs_to_one_model(semiseg: Command, home: Path, scenes: Path) -> None:
-    """Another model's masks, and those of the same one with another window, are neither kept nor mixed in."""
+    """Another model's masks are neither kept nor mixed in, nor are masks that somebody drew written over."""
     images = sorted((scenes / "images/test").iterdir())
     shutil.copytree(home / "run/model", "copy")
     assert semiseg("predict", home / "run", images[0], "-o", "out").code == 0
     assert semiseg("predict", "copy", *images[:2], "-o", "out").out == "1 masks written to out; 1 were there before\n"
-    assert semiseg("predict", home / "run", images[2], "-o", "out", "--window", "32").sentence == (
-        f"out holds masks of {home / 'run/model'}, which is another model or was used with other options: choose "
-        "another --out, or remove that folder."
-    )
+    (Path("copy") / "model.onnx").write_bytes(b"beside the weights")
+    assert semiseg("predict", "copy", *images[:2], "-o", "out").out == "0 masks written to out; 2 were there before\n"
     moved = {
         name: tensor + 1 if "bias" in name else tensor for name, tensor in load_file("copy/model.safetensors").items()
     }
     save_file(moved, "copy/model.safetensors")
-    assert "which is another model" in semiseg("predict", "copy", images[2], "-o", "out").sentence
+    assert semiseg("predict", "copy", images[2], "-o", "out").sentence == (
+        f"out holds masks of {home / 'run/model'}: choose another --out, or remove its masks and predicted.json."
+    )
     assert not Path("out", images[2].name).exists()
+    Path("out/predicted.json").write_text("{")
+    assert "holds masks of an unknown model" in semiseg("predict", home / "run", images[2], "-o", "out").sentence
     Path("out/predicted.json").unlink()
-    assert "of an unknown model" in semiseg("predict", home / "run", *images[:2], "-o", "out").sentence
+    before = Path("out", images[0].name).read_bytes()
+    done = semiseg("predict", home / "run", images[0], "-o", "out", "--overlay")
+    assert "holds masks of an unknown model" in done.sentence
+    assert Path("out", images[0].name).read_bytes() == before
 
 
 def test_predict_into_a_folder_of_images(semiseg: Command, home: Path, scenes: Path) -> None:
@@ -508,6 +513,9 @@ def test_export(semiseg: Command, home: Path, drawn: Path) -> None:
     pairs = [[pixels(f"{out}/{path.name}") for out in ("torch", "onnx")] for path in Path("onnx").glob("*.png")]
     assert len(pairs) == 6
     assert np.mean([here == there for here, there in pairs]) >= 0.999
+    shutil.copytree(home / "run", "copy")
+    shutil.copy("net/model.onnx", "copy/model")  # where it is written by default
+    assert "on 6 images" in semiseg("evaluate", "copy/model/model.onnx").out
     Path("net/model.json").unlink()
     assert "net/model.json is missing" in semiseg("evaluate", "net/model.onnx").sentence
 

@@ -4,14 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from semiseg import methods
 from semiseg.data.sampling import Stream
 from semiseg.data.splits import Data
 from semiseg.methods import METHODS, StepMethod, describe, find
+from semiseg.methods.labelled import LossConfig
 from semiseg.networks.factory import Build, NetworkConfig, OptimConfig
-from semiseg.types import VIEW, Clock, InputError, Options, Share, Unlabelled
+from semiseg.types import VIEW, Clock, InputError, Options, Share, Unlabelled, described
 
 
 class Pair(StepMethod):
@@ -143,6 +145,23 @@ def test_every_option_is_described(name: str) -> None:
     assert METHODS[name].paper
     assert METHODS[name].__doc__
     assert name in methods.METHODS
+
+
+class Own(Options):
+    """Of a user's method: what the package's have nowhere."""
+
+    loss: LossConfig = LossConfig(kind="ohem")
+    names: list[str] = Field(default_factory=lambda: ["a" * 60, "b" * 60])
+    """Long."""
+    needed: float
+
+
+def test_defaults_of_every_kind() -> None:
+    found = described(Own)
+    assert found["loss.kind"][0] == "ohem"
+    assert found["loss.ohem_kept"][0] == "100000"
+    assert found["names"] == (f"[{'a' * 60}, {'b' * 60}]", "Long.")
+    assert found["needed"] == ("(must be given)", "")
 
 
 def test_a_class_that_is_less_sure_has_a_lower_threshold() -> None:

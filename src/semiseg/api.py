@@ -27,7 +27,7 @@ from semiseg.engine.evaluate import Scores
 from semiseg.engine.predict import Origin, Prediction, Predictor, predict_files
 from semiseg.files import write_json
 from semiseg.networks.factory import Build, NetworkConfig, OptimConfig
-from semiseg.networks.weights import model_folder, read_model
+from semiseg.networks.weights import WEIGHTS, model_folder, read_model
 from semiseg.plan import plan, undivided
 from semiseg.types import InferenceConfig, InputError, Labelled, Options, as_text, nearest
 
@@ -309,7 +309,9 @@ def _trained_on(recipe: Path, folder: Path) -> bool:
 
 
 def _run_folder(model: Model) -> Path:
-    return model.folder if model.folder.is_dir() and (model.folder / "recipe.yaml").exists() else model.folder.parent
+    """The nearest folder of a run that the model lies in, as an ONNX file does in model/; else the one it is in."""
+    places = (model.folder, model.folder.parent, model.folder.parent.parent)
+    return next((place for place in places if (place / "recipe.yaml").is_file()), model.folder.parent)
 
 
 def data_of(source: str | Path, overrides: Iterable[str] = ()) -> Data:
@@ -374,7 +376,7 @@ def predict(
     """Writes masks for files and folders; see `engine.predict.predict_files`.
 
     Raises:
-        InputError: a file is none, or `out` has masks of another model, or of this one with other options.
+        InputError: a file is none, or `out` has masks of another model.
     """
     if not isinstance(model, Model):
         model = load(model)
@@ -385,11 +387,8 @@ def predict(
 
 
 def _origin(model: Model) -> Origin:
-    files = sorted(model.folder.iterdir()) if model.folder.is_dir() else [model.folder]
-    found = hashlib.sha256(repr((model.card, model.predictor.inference)).encode())
-    for file in files:
-        if file.suffix in (".safetensors", ".onnx"):
-            found.update(file.read_bytes())
+    weights = model.folder / WEIGHTS if model.folder.is_dir() else model.folder
+    found = hashlib.sha256(repr(model.card).encode() + weights.read_bytes())
     return Origin(model=str(model.folder), digest=found.hexdigest())
 
 

@@ -296,6 +296,8 @@ def options(
     known = describe()
     names = list(dict.fromkeys(name.partition(".")[0] for name in known))
     for section in sections or ():
+        if section == "method":
+            raise InputError("The options of a method are listed by `semiseg methods NAME`.")
         if section not in names:
             raise InputError(f"{section} is no section of a recipe; {nearest(section, names)}")
     chosen = {name: text for name, text in known.items() if name.partition(".")[0] in (sections or names)}

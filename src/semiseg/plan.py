@@ -364,7 +364,7 @@ def _yaml(folder: Path, data: Data, survey: Survey, lines: dict[str, Lines]) -> 
     shares = ", ".join(f"{name} {100 * share:.2g} %" for name, share in survey.shares.items())
     pools = {"labelled": data.labelled, "unlabelled": data.unlabelled, "val": data.val, "test": data.test}
     text = [
-        f"# Written by `semiseg init {folder}`. What is not here has its default: see `semiseg methods` and the guide.",
+        f"# Written by `semiseg init {folder}`. What is not here has its default: see `semiseg options`.",
         f"# Images: {', '.join(f'{len(rows)} {name}' for name, rows in pools.items())}.",
         f"# Labelled pixels: {shares}.",
     ]

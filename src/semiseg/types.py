@@ -10,6 +10,7 @@ Shape legend, used in every docstring:
 from __future__ import annotations
 
 import difflib
+import math
 import signal
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -176,19 +177,21 @@ def as_text(value: object) -> str:
     """An option's value as it stands in an override."""
     import yaml  # not above, as torch is not
 
-    return yaml.safe_dump(to_jsonable_python(value), default_flow_style=True).strip().removesuffix("\n...")
+    text = yaml.safe_dump(to_jsonable_python(value), default_flow_style=True, width=math.inf)
+    return text.strip().removesuffix("\n...")
 
 
-def described(options: type[Options], before: str = "") -> dict[str, tuple[str, str]]:
+def described(options: type[Options], before: str = "", default: Options | None = None) -> dict[str, tuple[str, str]]:
     """Every option with its default and its meaning; a group's options are joined to its name by a dot."""
     found: dict[str, tuple[str, str]] = {}
     for name, field in options.model_fields.items():
-        group = field.annotation
+        value = field.get_default(call_default_factory=True) if default is None else getattr(default, name)
+        group = type(value) if isinstance(value, Options) else field.annotation
         if isinstance(group, type) and issubclass(group, Options):
-            found |= described(group, f"{before}{name}.")
+            found |= described(group, f"{before}{name}.", value if isinstance(value, Options) else None)
         else:
-            default = "(must be given)" if field.is_required() else as_text(field.default)
-            found[before + name] = (default, " ".join((field.description or "").split()))
+            text = "(must be given)" if default is None and field.is_required() else as_text(value)
+            found[before + name] = (text, " ".join((field.description or "").split()))
     return found
 
 

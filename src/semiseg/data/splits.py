@@ -68,7 +68,8 @@ class DataConfig(Options):
     labelled: int | str | None = None
     """A count, a share such as 1/8, a file of ids; none or all: every training image that has a mask."""
     unlabelled: Literal["rest", "all", "none"] = "rest"
-    """rest: the training images that are not labelled; all: every training image. Masks of these are never opened."""
+    """rest: the training images that are not labelled; all: every training image. Masks of these are not opened
+    (but by `balanced`)."""
     extra: tuple[str, ...] = ()
     """Folders of further unlabelled images, of other data too, each found like `root`. Every image file below counts:
     name mapillary/training/images, not mapillary. Without image files a folder's tar archives (as of webdataset) and

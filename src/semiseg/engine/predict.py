@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,26 +112,25 @@ class Origin(BaseModel, frozen=True):
     model: str
     """The path of the model, for the user."""
     digest: str
-    """Of all that masks depend on but the image: another one is another model, or another way to use it."""
+    """Of its weights and its card."""
 
     def claim(self, out: Path, there: int) -> None:
         """Notes that the folder's masks, of which `there` are wanted again, are this model's.
 
         Raises:
-            InputError: they are another one's.
+            InputError: they are another one's, or whose they are is not known.
         """
-        file = out / "predicted.json"
-        known = read_json(file, Origin) if file.exists() else None
-        if known is not None and known.digest == self.digest:
+        file, whose = out / "predicted.json", "an unknown model"
+        if file.exists():
+            with suppress(InputError):  # damaged
+                known = read_json(file, Origin)
+                if known.digest == self.digest:
+                    return
+                whose = known.model
+        elif not there:
+            write_json(file, self.model_dump())
             return
-        if known is None and there:
-            raise InputError(f"{out} holds masks of an unknown model: choose another --out, or remove them.")
-        if known is not None and any(out.rglob("*.png")):
-            raise InputError(
-                f"{out} holds masks of {known.model}, which is another model or was used with other options: choose "
-                "another --out, or remove that folder."
-            )
-        write_json(file, self.model_dump())
+        raise InputError(f"{out} holds masks of {whose}: choose another --out, or remove its masks and {file.name}.")
 
 
 def predict_files(
@@ -172,7 +172,7 @@ def predict_files(
     there = sum(job.done() for job in jobs)
     if origin is not None:
         if parallel.rank() == 0:
-            origin.claim(out, there)
+            origin.claim(out, sum(job.mask.exists() for job in jobs))
         parallel.wait()  # no other process writes a mask before
     failed = run_jobs(predictor, jobs)
     return len(jobs) - there - len(failed), there, failed
