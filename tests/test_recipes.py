@@ -288,8 +288,9 @@ def test_two_steps_an_evaluation_and_a_prediction(
     data, unlabelled = api.data_of(tmp_path / "run"), recipe.data.unlabelled
     assert model.classes == CLASSES_OF[root]
     assert len(data.labelled) == (4 if everything else 2)
-    rest = 4 - len(data.labelled) + (3 if "unlabeled" in names and recipe.data.pool != "train" else 0)
-    assert len(data.unlabelled) == (0 if unlabelled == "none" else rest or 4)
+    further = 3 if "unlabeled" in names and recipe.data.pool != "train" else 0
+    of_all = {"none": 0, "rest": 4 - len(data.labelled) + further or 4, "all": 4 + further}
+    assert len(data.unlabelled) == of_all[unlabelled]
     results = json.loads((tmp_path / "run/results.json").read_text())
     split = SPLIT[root] if root in SPLIT else "val"
     held = 1 if recipe.data.folds else len(names[split])
