@@ -2,8 +2,8 @@
 
     python benchmarks/results.py [--check]
 
-A table for each data set and setting, mIoU against the number of labels (a line a method, a band of one standard
-deviation over seeds), and the methods' ranks over the data sets that chose the default. --check writes nothing and
+A table for each data set and setting, mIoU against the number of labels (a line a method, bands over seeds), and the
+methods' ranks over the data sets that chose the default. --check writes nothing and
 fails where the page is not what results.csv says.
 """
 
@@ -47,6 +47,10 @@ code of its day: how fast and how large methods are beside each other stands on 
 """
 
 
+CAPTION = """*Labelled-only is its mean over seeds, a method stands above or below it by the paired difference. Bars: a
+standard deviation over seeds; hollow: one seed.*"""
+
+
 def page(found: list[dict[str, Any]]) -> str:
     """The page's text; `found` are the lines of summary.lines."""
     parts = [HEAD]
@@ -57,7 +61,7 @@ def page(found: list[dict[str, Any]]) -> str:
             mine = [x for x in inside if x["setting"] == setting]
             parts.append(f"{setting[0].upper()}{setting[1:]}.\n\n{_table(mine)}\n")
             if curves(mine):
-                parts.append(f"![mIoU against labels](pictures/{_picture(mine)})\n")
+                parts.append(f"![mIoU against labels](pictures/{_picture(mine)})\n\n{CAPTION}\n")
     parts.append(_ranks(found))
     return "\n".join(parts).rstrip() + "\n"
 
@@ -128,20 +132,45 @@ def _picture(mine: list[dict[str, Any]]) -> str:
     return f"labels-{mine[0]['data']}.svg"
 
 
+def heights(mine: list[dict[str, Any]]) -> dict[str, list[tuple[int, float, float | None]]]:
+    """Each curve's labels, height in per cent, and standard deviation over seeds, if there are several.
+
+    Labelled-only is its mean over its seeds. A method stands above it by the paired difference, so that a method with
+    few seeds is not set against all of labelled-only's; a row without common seeds has no place.
+    """
+    found, low = curves(mine), {x["labelled"]: x["miou"] for x in mine if x["method"] == "supervised"}
+    lines = {name: sorted(ys, key=lambda y: int(y["labelled"])) for name, ys in found.items()}
+    return {
+        name: [
+            (
+                y["labelled"],
+                y["miou"] if name == "supervised" else low[y["labelled"]] + y["difference"],
+                y["miou_spread"],
+            )
+            for y in ys
+            if name == "supervised" or y["difference"] is not None
+        ]
+        for name, ys in lines.items()
+    }
+
+
 def draw(mine: list[dict[str, Any]], path: Path) -> None:
-    """mIoU against the number of labels, a line a method with a band of one standard deviation."""
+    """mIoU against the number of labels: a line a method, bands between points of several seeds, one seed hollow."""
     # Text as text, and names that do not change from one call to the next.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "semiseg"}):
         figure = Figure(figsize=(6, 4), layout="constrained")
         axes = figure.subplots()
-        for name, ys in curves(mine).items():
-            ordered = sorted(ys, key=lambda y: int(y["labelled"]))
-            labels = [y["labelled"] for y in ordered]
-            means = np.array([y["miou"] for y in ordered])
-            spread = np.array([y["miou_spread"] or 0 for y in ordered])
-            (line,) = axes.plot(labels, means, marker="o", label=name)
-            axes.fill_between(labels, means - spread, means + spread, alpha=0.15, color=line.get_color())
-        counts = sorted({y["labelled"] for ys in curves(mine).values() for y in ys})
+        for name, points in heights(mine).items():
+            labels = [labelled for labelled, _, _ in points]
+            means = np.array([mean for _, mean, _ in points])
+            spread = np.array([np.nan if deviation is None else deviation for _, _, deviation in points])
+            (line,) = axes.plot(labels, means, label=name)
+            colour, one = line.get_color(), np.isnan(spread)
+            axes.fill_between(labels, means - spread, means + spread, alpha=0.15, color=colour)
+            axes.errorbar(labels, means, spread, fmt="none", ecolor=colour, capsize=3)
+            fills = ["white" if single else colour for single in one]
+            axes.scatter(labels, means, color=fills, edgecolors=colour, zorder=3)
+        counts = sorted({labelled for points in heights(mine).values() for labelled, _, _ in points})
         axes.set_xscale("log")
         axes.set_xticks(counts, [str(count) for count in counts])
         axes.minorticks_off()

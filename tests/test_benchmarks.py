@@ -812,6 +812,11 @@ def test_curves_and_ranks(tmp_path: Path) -> None:
         *(line(data, m, n, s) for data, n in (("idd_lite", 88), ("dsb2018", 29)) for m, s in RANKED.items()),
     ]
     assert list(results.curves(found)) == ["supervised", "fixmatch"], "one number of labels is no curve"
+    paired = [found[0], *found[1:4], found[4] | {"difference": 1.0, "miou_spread": None}, *found[5:6]]
+    points = results.heights(paired)
+    assert points["supervised"] == [(n, 40 + n / 10, 1.0) for n in (23, 46, 92)]
+    assert points["fixmatch"][1] == (46, 44.6 + 1.0, None), "above labelled-only by the paired difference"
+    results.draw(paired, tmp_path / "c.svg")
     results.draw(found, tmp_path / "a.svg")
     results.draw(found, tmp_path / "b.svg")
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
