@@ -768,6 +768,7 @@ def test_tenths_by_hand() -> None:
 # ---- processes.py
 
 
+@pytest.mark.slow
 def test_processes_are_measured(recipe: Write, capsys: pytest.CaptureFixture[str]) -> None:
     processes.main([str(recipe(train__batch=8)), "--steps", "15", "--json"])
     found = printed(capsys)
