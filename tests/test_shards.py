@@ -6,8 +6,7 @@ import pickle
 import sys
 import tarfile
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -230,28 +229,6 @@ def test_lists_that_several_make_at_once(tmp_path: Path) -> None:
     assert len(found) == 6
     assert all(names == found[0] for names in found)
     assert len(list((cache_dir() / "shards").iterdir())) == 3, "and nothing half written stays"
-
-
-def test_ctrl_c_while_archives_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It does not wait for an archive that takes minutes, of which nothing is kept."""
-    path = tar(tmp_path / "a.tar", {"a.png": picture(0)})
-    begun = threading.Event()
-
-    def endless(shard: packed.Shard) -> Iterator[tuple[str, int, int]]:
-        begun.set()
-        while True:
-            yield "a.png", 0, 1
-            time.sleep(0.01)
-
-    def pressed(items: Iterator[Any], title: str, count: int) -> Iterator[Any]:
-        assert begun.wait(10)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(shards, "_members", endless)
-    monkeypatch.setattr(shards, "tracked", pressed)
-    with pytest.raises(KeyboardInterrupt):
-        packed_images([str(path)], [])
-    assert not (cache_dir() / "shards").exists()
 
 
 def test_few_handles_are_open(tmp_path: Path) -> None:
