@@ -276,8 +276,8 @@ def methods(
         return
     for name, method in chosen.items():
         print(f"{name}{' (default)' if name == DEFAULT else ''}: {method.paper}")
-        for option, (default, text) in describe(method).items() if names else ():
-            print(f"  method.{option} = {default}" + (f"  # {text}" if text else ""))
+        if names:
+            _print_options(describe(method), "  method.")
     if not names:
         print("\nThe options of one: semiseg methods NAME")
 
@@ -304,8 +304,12 @@ def options(
     if as_json:
         print(json.dumps(chosen))
         return
-    for option, (default, text) in chosen.items():
-        print(f"{option} = {default}" + (f"  # {text}" if text else ""))
+    _print_options(chosen)
+
+
+def _print_options(found: Mapping[str, tuple[str, str]], before: str = "") -> None:
+    for option, (default, text) in found.items():
+        print(f"{before}{option} = {default}" + (f"  # {text}" if text else ""))
 
 
 def main() -> None:
